@@ -1,0 +1,51 @@
+//! Logs by `tracing`, on standard error, as text or as one JSON object a line.
+
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
+
+/// Section `[log]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogSettings {
+    /// `text` or `json`.
+    pub format: LogFormat,
+    /// A `tracing` filter, for instance `info` or `info,ingest=debug`.
+    pub filter: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self { format: LogFormat::Text, filter: "info".into() }
+    }
+}
+
+impl LogSettings {
+    /// # Errors
+    /// When `log.filter` is not a `tracing` filter.
+    pub fn check(&self) -> Result<(), String> {
+        self.parse_filter().map(drop).map_err(|error| format!("log.filter: {error}"))
+    }
+
+    fn parse_filter(&self) -> Result<EnvFilter, ParseError> {
+        EnvFilter::builder().parse(&self.filter)
+    }
+}
+
+/// Starts logging for the whole process. Later calls change nothing.
+pub fn init(settings: &LogSettings) {
+    let filter = settings.parse_filter().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let done = match settings.format {
+        LogFormat::Text => builder.with_ansi(false).try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    };
+    drop(done);
+}

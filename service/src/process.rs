@@ -1,0 +1,186 @@
+//! The life of a process: named tasks, one shutdown signal, a bounded drain.
+//!
+//! The first task that ends before it was asked to ends the process. SIGTERM or SIGINT asks all tasks to drain; a
+//! second one, or the end of the grace period, gives up and names the tasks that were still busy.
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::{Id, JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::settings::{self, EXIT_CONFIG, Settings, SettingsArgs};
+
+/// The tasks of one process and the token that asks them to stop.
+#[derive(Debug, Default)]
+pub struct Process {
+    tasks: JoinSet<anyhow::Result<()>>,
+    names: HashMap<Id, String>,
+    shutdown: CancellationToken,
+}
+
+impl Process {
+    /// Cancelled when the process should drain and end.
+    #[must_use]
+    pub fn shutdown(&self) -> CancellationToken {
+        self.shutdown.clone()
+    }
+
+    /// Starts a task. It must end soon after [`Process::shutdown`] is cancelled, and not before.
+    pub fn start(
+        &mut self,
+        name: impl Into<String>,
+        task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) {
+        let handle = self.tasks.spawn(task);
+        self.names.insert(handle.id(), name.into());
+    }
+
+    /// Runs until a signal or until a task ends, then drains for at most `grace`.
+    ///
+    /// # Errors
+    /// The error of the first task that failed, a task that ended unasked, or the names of the tasks that did not
+    /// drain in time.
+    pub async fn run(mut self, grace: Duration) -> anyhow::Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+        let mut outcome = Ok(());
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!(grace = ?grace, "SIGTERM: draining"),
+            _ = interrupt.recv() => tracing::info!(grace = ?grace, "SIGINT: draining"),
+            () = self.shutdown.cancelled() => {}
+            Some(ended) = self.tasks.join_next_with_id() => {
+                let (name, result) = self.ended(ended);
+                outcome = Err(match result {
+                    Ok(()) => anyhow!("task {name} ended before the process was asked to stop"),
+                    Err(error) => error.context(format!("task {name} failed")),
+                });
+            }
+        }
+        self.shutdown.cancel();
+        let deadline = tokio::time::sleep(grace);
+        tokio::pin!(deadline);
+        while !self.tasks.is_empty() {
+            tokio::select! {
+                Some(ended) = self.tasks.join_next_with_id() => {
+                    let (name, result) = self.ended(ended);
+                    if let Err(error) = result {
+                        outcome = outcome.and(Err(error.context(format!("task {name} failed while draining"))));
+                    }
+                }
+                () = &mut deadline => return Err(self.stuck(&format!("{grace:?} of grace"))),
+                _ = terminate.recv() => return Err(self.stuck("a second signal")),
+                _ = interrupt.recv() => return Err(self.stuck("a second signal")),
+            }
+        }
+        outcome
+    }
+
+    fn ended(
+        &mut self,
+        ended: Result<(Id, anyhow::Result<()>), tokio::task::JoinError>,
+    ) -> (String, anyhow::Result<()>) {
+        let (id, result) = match ended {
+            Ok((id, result)) => (id, result),
+            Err(error) => (error.id(), Err(anyhow!(error))),
+        };
+        (self.names.remove(&id).unwrap_or_else(|| "unnamed".into()), result)
+    }
+
+    fn stuck(&self, after: &str) -> anyhow::Error {
+        let names: BTreeMap<&str, ()> = self.names.values().map(|name| (name.as_str(), ())).collect();
+        anyhow!("not drained after {after}; still busy: {}", names.into_keys().collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// The frame of every `main`: settings, logs, then `run` on a multi-threaded runtime; exit status 78 for bad
+/// settings, 1 for a failure.
+pub fn main<T, F>(
+    args: &SettingsArgs,
+    logs: impl FnOnce(&T) -> &crate::logs::LogSettings,
+    run: impl FnOnce(T) -> F,
+) -> ExitCode
+where
+    T: Settings,
+    F: Future<Output = anyhow::Result<()>>,
+{
+    let settings: T = match settings::load(args, std::env::vars().collect()) {
+        Ok(settings) => settings,
+        Err(error) => return fail(&error.to_string(), EXIT_CONFIG),
+    };
+    if args.print_config {
+        return match settings::print(&settings) {
+            Ok(text) => {
+                show(&text);
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&error.to_string(), EXIT_CONFIG),
+        };
+    }
+    crate::logs::init(logs(&settings));
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&format!("start the runtime: {error}"), 1),
+    };
+    match runtime.block_on(run(settings)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the process ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[allow(clippy::print_stdout, reason = "--print-config is asked for on standard output")]
+fn show(text: &str) {
+    println!("{text}");
+}
+
+#[allow(clippy::print_stderr, reason = "logs are not up yet when settings are wrong")]
+fn fail(message: &str, status: u8) -> ExitCode {
+    eprintln!("{message}");
+    ExitCode::from(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_first_unexpected_end_stops_the_others_and_is_named() {
+        let mut process = Process::default();
+        let shutdown = process.shutdown();
+        process.start("patient", async move {
+            shutdown.cancelled().await;
+            Ok(())
+        });
+        process.start("short", async { Ok(()) });
+        let error = process.run(Duration::from_secs(5)).await.unwrap_err();
+        assert!(error.to_string().contains("task short ended"), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_does_not_drain_is_named() {
+        let mut process = Process::default();
+        process.start("stuck", std::future::pending());
+        process.shutdown().cancel();
+        let error = process.run(Duration::from_secs(5)).await.unwrap_err();
+        assert!(error.to_string().contains("still busy: stuck"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_drained_process_ends_well() {
+        let mut process = Process::default();
+        let shutdown = process.shutdown();
+        process.start("worker", async move {
+            shutdown.cancelled().await;
+            Ok(())
+        });
+        process.shutdown().cancel();
+        process.run(Duration::from_secs(5)).await.unwrap();
+    }
+}
