@@ -42,6 +42,10 @@ impl Tally {
 pub struct Ledger {
     /// Seed of the run, so that it can be repeated.
     pub seed: u64,
+    /// True when the run came to its end and this is all of it. False: a snapshot from mid-run, and what is on
+    /// disk when the publisher was killed. Then a device may have more readings stored than are tallied here (never
+    /// fewer, `unknown` aside), so a snapshot proves losses but not equality.
+    pub complete: bool,
     /// MQTT quality of service used (0: the broker confirms nothing, `acknowledged` counts what was sent).
     pub qos: u8,
     /// Earliest and latest wall clock of the run, microseconds since 1970.
