@@ -1,0 +1,432 @@
+//! One Postgres node: its data directory, its port, its process.
+//!
+//! Runs as user `postgres` when we are root. Listens on 127.0.0.1 only, with SCRAM passwords. Durability is never
+//! switched off: fsync and full page writes stay on, in tests too. How nodes form a primary with standbys is
+//! [`crate::cluster`].
+
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
+use tokio_postgres::{Client, Config, NoTls};
+
+use crate::account::{Account, private_file};
+use crate::child::{Child, Reach, Start};
+use crate::port::Port;
+use crate::shipped;
+
+pub const DATABASE: &str = "tier0_db";
+/// Crash recovery of a big log takes this long on a slow disk.
+const READY: Duration = Duration::from_secs(120);
+const CONNECT: Duration = Duration::from_secs(5);
+/// A fast shutdown writes a checkpoint.
+const STOP: Duration = Duration::from_secs(60);
+
+/// Who connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The superuser, for setting things up and for looking into the server.
+    Admin,
+    /// `tier0`: owner of the database, what our processes use. Not a superuser.
+    Owner,
+    /// Streams WAL.
+    Replicator,
+}
+
+impl Role {
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Admin => "postgres",
+            Self::Owner => "tier0",
+            Self::Replicator => "replicator",
+        }
+    }
+}
+
+/// Passwords of one playground, made when its data directory is made.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Passwords {
+    admin: String,
+    owner: String,
+    replicator: String,
+}
+
+impl Passwords {
+    /// # Errors
+    /// When the kernel gives no random bytes.
+    pub fn random() -> anyhow::Result<Self> {
+        Ok(Self { admin: random_word()?, owner: random_word()?, replicator: random_word()? })
+    }
+
+    #[must_use]
+    pub fn of(&self, role: Role) -> &str {
+        match role {
+            Role::Admin => &self.admin,
+            Role::Owner => &self.owner,
+            Role::Replicator => &self.replicator,
+        }
+    }
+}
+
+impl std::fmt::Debug for Passwords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Passwords(<hidden>)")
+    }
+}
+
+fn random_word() -> anyhow::Result<String> {
+    use std::io::Read;
+    let mut bytes = [0_u8; 16];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .context("read /dev/urandom")?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A connection and the task that drives it; both end when it is dropped.
+#[derive(Debug)]
+pub struct Db {
+    client: Client,
+    _driver: JoinSet<()>,
+}
+
+impl Deref for Db {
+    type Target = Client;
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl std::ops::DerefMut for Db {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+}
+
+/// One node, running or not.
+#[derive(Debug)]
+pub struct Postgres {
+    name: String,
+    data: PathBuf,
+    log: PathBuf,
+    port: Port,
+    account: Option<Account>,
+    passwords: Passwords,
+    child: Option<Child>,
+}
+
+impl Postgres {
+    /// A node with its data in `dir/NAME` and its log in `dir/NAME.log`; nothing is started.
+    ///
+    /// # Errors
+    /// When user `postgres` is missing.
+    pub fn new(name: &str, dir: &Path, port: Port, passwords: Passwords) -> anyhow::Result<Self> {
+        Ok(Self {
+            name: name.to_owned(),
+            data: dir.join(name),
+            log: dir.join(format!("{name}.log")),
+            port,
+            account: Account::of_server("postgres")?,
+            passwords,
+            child: None,
+        })
+    }
+
+    /// Creates the data directory.
+    ///
+    /// # Errors
+    /// When `initdb` fails.
+    pub async fn init(&self, sync: bool) -> anyhow::Result<()> {
+        self.make_parent()?;
+        let password = self.data.with_extension("initial-password");
+        private_file(&password, self.passwords.of(Role::Admin), self.account.as_ref())?;
+        let mut args = vec![
+            format!("--pgdata={}", self.data.display()),
+            format!("--username={}", Role::Admin.name()),
+            format!("--pwfile={}", password.display()),
+            "--auth=scram-sha-256".into(),
+            "--encoding=UTF8".into(),
+            "--locale=C.UTF-8".into(),
+            "--data-checksums".into(),
+        ];
+        if !sync {
+            args.push("--no-sync".into());
+        }
+        let result = self.tool("initdb", args).await;
+        std::fs::remove_file(&password).with_context(|| format!("remove {}", password.display()))?;
+        result
+    }
+
+    /// Clones `primary` into this node's data directory through a physical slot named as this node, and makes it a
+    /// standby of that primary.
+    ///
+    /// # Errors
+    /// When `pg_basebackup` fails.
+    pub async fn clone_from(&self, primary: &Self, sync: bool) -> anyhow::Result<()> {
+        self.make_parent()?;
+        let passfile = self.passfile();
+        private_file(
+            &passfile,
+            &format!("*:*:*:{}:{}\n", Role::Replicator.name(), self.passwords.of(Role::Replicator)),
+            self.account.as_ref(),
+        )?;
+        let mut args = vec![
+            format!("--pgdata={}", self.data.display()),
+            format!(
+                "--dbname=host=127.0.0.1 port={} user={} passfile={}",
+                primary.port(),
+                Role::Replicator.name(),
+                passfile.display()
+            ),
+            "--wal-method=stream".into(),
+            "--create-slot".into(),
+            format!("--slot={}", self.name),
+            "--checkpoint=fast".into(),
+        ];
+        if !sync {
+            args.push("--no-sync".into());
+        }
+        self.tool("pg_basebackup", args).await?;
+        self.follow(primary)
+    }
+
+    /// Makes this node a standby of `primary` from its next start on.
+    ///
+    /// # Errors
+    /// When the data directory cannot be written.
+    pub fn follow(&self, primary: &Self) -> anyhow::Result<()> {
+        let passfile = self.passfile();
+        private_file(
+            &passfile,
+            &format!("*:*:*:{}:{}\n", Role::Replicator.name(), self.passwords.of(Role::Replicator)),
+            self.account.as_ref(),
+        )?;
+        let auto = format!(
+            "primary_conninfo = 'host=127.0.0.1 port={} user={} passfile=''{}'' application_name={} \
+             keepalives_idle=5 keepalives_interval=1 keepalives_count=3'\nprimary_slot_name = '{}'\n",
+            primary.port(),
+            Role::Replicator.name(),
+            passfile.display(),
+            self.name,
+            self.name,
+        );
+        private_file(&self.data.join("postgresql.auto.conf"), &auto, self.account.as_ref())?;
+        private_file(&self.data.join("standby.signal"), "", self.account.as_ref())
+    }
+
+    /// Writes the node's configuration: `config/postgres/postgresql.conf`, then what is the node's own, then `extra`.
+    ///
+    /// # Errors
+    /// When the data directory cannot be written.
+    pub fn configure(&self, extra: &[(String, String)]) -> anyhow::Result<()> {
+        let mut text = shipped::config("postgres/postgresql.conf")?;
+        text.push_str("\n# --- this node, written at each start by the playground ---\n");
+        let own = [
+            ("listen_addresses", "127.0.0.1".to_owned()),
+            ("port", self.port().to_string()),
+            ("cluster_name", self.name.clone()),
+        ];
+        let own = own.iter().map(|(key, value)| (*key, value.as_str()));
+        for (key, value) in own.chain(extra.iter().map(|(key, value)| (key.as_str(), value.as_str()))) {
+            text.push_str(&format!("{key} = '{}'\n", value.replace('\'', "''")));
+        }
+        private_file(&self.data.join("postgresql.conf"), &text, self.account.as_ref())?;
+        private_file(
+            &self.data.join("pg_hba.conf"),
+            &shipped::config("postgres/pg_hba.conf")?,
+            self.account.as_ref(),
+        )
+    }
+
+    /// Starts the server and waits until it answers a query.
+    ///
+    /// # Errors
+    /// When it does not come up; the message holds the end of its log.
+    pub async fn start(&mut self) -> anyhow::Result<()> {
+        if self.is_running() {
+            return Ok(());
+        }
+        let start = Start::new(&self.name, shipped::postgres_bin()?.join("postgres"), &self.log)
+            .args([std::ffi::OsStr::new("-D"), self.data.as_os_str()])
+            .account(self.account.clone());
+        let child = self.child.insert(start.spawn().await?);
+        let config = config(self.port.number(), &self.passwords, Role::Admin, "postgres");
+        child
+            .until("answers a query", READY, || async {
+                let db = connect(&config).await?;
+                db.simple_query("SELECT 1").await.context("SELECT 1")?;
+                Ok(())
+            })
+            .await
+    }
+
+    /// Fast shutdown: open transactions are rolled back, a checkpoint is written, an attached standby gets everything.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        let status = child.stop(Signal::SIGINT, STOP).await?;
+        if !status.success() {
+            bail!("{} ended with {status}{}", self.name, child.tail());
+        }
+        Ok(())
+    }
+
+    /// SIGKILL; returns when all its processes are gone.
+    ///
+    /// # Errors
+    /// When one of them stays.
+    pub async fn kill9(&mut self, reach: Reach) -> anyhow::Result<()> {
+        match self.child.take() {
+            Some(mut child) => child.kill9(reach).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Stops it if it runs (fast), then starts it on the same port and data.
+    ///
+    /// # Errors
+    /// As [`Postgres::stop`] and [`Postgres::start`].
+    pub async fn restart(&mut self) -> anyhow::Result<()> {
+        self.stop().await?;
+        self.start().await
+    }
+
+    /// SIGSTOP for the whole node, or for the postmaster alone (then it accepts connections and never answers, while
+    /// open sessions go on).
+    pub fn pause(&mut self, reach: Reach) {
+        if let Some(child) = &mut self.child {
+            child.pause(reach);
+        }
+    }
+
+    pub fn resume(&mut self) {
+        if let Some(child) = &mut self.child {
+            child.resume();
+        }
+    }
+
+    /// Reads the configuration again.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn reload(&mut self) -> anyhow::Result<()> {
+        self.child.as_mut().with_context(|| format!("{} does not run", self.name))?.signal(Signal::SIGHUP)
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.ended().is_none())
+    }
+
+    /// A new connection to `tier0_db`.
+    ///
+    /// # Errors
+    /// When it fails or takes more than 5 s.
+    pub async fn connect(&self, role: Role) -> anyhow::Result<Db> {
+        connect(&self.config(role))
+            .await
+            .with_context(|| format!("connect to {} as {}", self.name, role.name()))
+    }
+
+    /// How to connect to `tier0_db`, for clients of the test's own.
+    #[must_use]
+    pub fn config(&self, role: Role) -> Config {
+        config(self.port(), &self.passwords, role, DATABASE)
+    }
+
+    /// As [`Postgres::connect`], to the maintenance database `postgres`.
+    ///
+    /// # Errors
+    /// When it fails or takes more than 5 s.
+    pub async fn admin(&self) -> anyhow::Result<Db> {
+        connect(&config(self.port(), &self.passwords, Role::Admin, "postgres"))
+            .await
+            .with_context(|| format!("connect to {} as {}", self.name, Role::Admin.name()))
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// `None` when it is not running.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.child.as_ref().map(Child::pid)
+    }
+
+    #[must_use]
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    #[must_use]
+    pub fn passwords(&self) -> &Passwords {
+        &self.passwords
+    }
+
+    /// Beside the data directory, so that a clone of the data does not carry it along.
+    fn passfile(&self) -> PathBuf {
+        self.data.with_extension("pgpass")
+    }
+
+    fn make_parent(&self) -> anyhow::Result<()> {
+        // initdb and pg_basebackup create the directory itself with the right mode when they may write its parent;
+        // an empty one that belongs to them is what they accept otherwise.
+        crate::account::private_dir(&self.data, self.account.as_ref())
+    }
+
+    async fn tool(&self, tool: &str, args: Vec<String>) -> anyhow::Result<()> {
+        Start::new(format!("{tool} for {}", self.name), shipped::postgres_bin()?.join(tool), &self.log)
+            .args(args)
+            .account(self.account.clone())
+            .run(Duration::from_secs(600))
+            .await
+    }
+}
+
+fn config(port: u16, passwords: &Passwords, role: Role, database: &str) -> Config {
+    let mut config = Config::new();
+    config
+        .host("127.0.0.1")
+        .port(port)
+        .user(role.name())
+        .password(passwords.of(role))
+        .dbname(database)
+        .application_name("playground")
+        .connect_timeout(CONNECT);
+    config
+}
+
+/// Opens a connection within 5 s in all: `connect_timeout` covers TCP only, and a frozen server accepts TCP.
+///
+/// # Errors
+/// When the server refuses or does not answer.
+pub async fn connect(config: &Config) -> anyhow::Result<Db> {
+    let (client, connection) = tokio::time::timeout(CONNECT, config.connect(NoTls))
+        .await
+        .with_context(|| format!("no answer within {CONNECT:?}"))??;
+    let mut driver = JoinSet::new();
+    driver.spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "database connection ended");
+        }
+    });
+    Ok(Db { client, _driver: driver })
+}

@@ -1,0 +1,97 @@
+//! What the kernel says of a process: parent, state, processor time, memory. Reads `/proc`, changes nothing.
+
+use std::collections::HashMap;
+
+/// Clock ticks a second in `/proc/PID/stat`. Fixed at 100 for user space on every Linux we run on.
+const TICKS_PER_SECOND: f64 = 100.0;
+const PAGE_BYTES: u64 = 4096;
+
+/// One line of `/proc/PID/stat`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stat {
+    pub parent: i32,
+    /// `R`, `S`, `T` (stopped), `Z` (dead, not yet reaped) and so on.
+    pub state: char,
+    /// User and system time so far; without children.
+    pub cpu_seconds: f64,
+    pub rss_bytes: u64,
+    /// Ticks after boot. Together with the pid it names a process for good: pids are used again.
+    pub started: u64,
+}
+
+/// `None` when there is no such process.
+#[must_use]
+pub fn stat(pid: i32) -> Option<Stat> {
+    parse(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse(line: &str) -> Option<Stat> {
+    // The command name stands in parentheses and may hold blanks and parentheses itself.
+    let rest = line.rsplit_once(") ")?.1;
+    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+    let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
+    #[allow(clippy::cast_precision_loss, reason = "ticks of a process' life fit a double")]
+    let cpu_seconds = (number(11)? + number(12)?) as f64 / TICKS_PER_SECOND;
+    Some(Stat {
+        state: fields.first()?.chars().next()?,
+        parent: fields.get(1)?.parse().ok()?,
+        cpu_seconds,
+        started: number(19)?,
+        rss_bytes: number(21)? * PAGE_BYTES,
+    })
+}
+
+/// Whether the process runs or is stopped; a zombie does not.
+#[must_use]
+pub fn lives(pid: i32) -> bool {
+    stat(pid).is_some_and(|stat| stat.state != 'Z' && stat.state != 'X')
+}
+
+/// All processes below this one, parents before children. Postgres' backends are sessions of their own, so a process
+/// group does not find them; the tree does, as long as its root lives.
+#[must_use]
+pub fn descendants(root: i32) -> Vec<i32> {
+    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
+    for pid in entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()) {
+        if let Some(stat) = stat(pid) {
+            children.entry(stat.parent).or_default().push(pid);
+        }
+    }
+    let mut found = Vec::new();
+    let mut next = vec![root];
+    while let Some(pid) = next.pop() {
+        for child in children.remove(&pid).unwrap_or_default() {
+            found.push(child);
+            next.push(child);
+        }
+    }
+    found
+}
+
+/// Processor time of a process and all below it, in seconds. 0 when it is gone.
+#[must_use]
+pub fn tree_cpu_seconds(root: i32) -> f64 {
+    std::iter::once(root).chain(descendants(root)).filter_map(stat).map(|stat| stat.cpu_seconds).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_a_line_with_blanks_and_parentheses_in_the_name() {
+        let line = "4711 (post (gres) x) T 1 4711 4711 0 -1 4194560 900 0 0 0 150 50 7 7 20 0 1 0 123456 99 2 18446744073709551615 1";
+        let stat = parse(line).unwrap();
+        assert_eq!((stat.parent, stat.state, stat.started, stat.rss_bytes), (1, 'T', 123_456, 8192));
+        assert!((stat.cpu_seconds - 2.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn finds_this_process() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        assert!(lives(me));
+        assert!(descendants(stat(me).unwrap().parent).contains(&me));
+        assert!(!lives(i32::MAX));
+    }
+}
