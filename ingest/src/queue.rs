@@ -1,0 +1,152 @@
+//! The bounded queue between a source and the writers.
+//!
+//! Bounded twice: by messages and by bytes. A source asks for room before it reads from its socket and so never
+//! blocks with a message in hand; what does not fit stays with the broker.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::sync::{Mutex, MutexGuard, Notify, mpsc};
+
+use crate::delivery::Delivery;
+
+/// How full the queue is. Counts messages taken from the broker and not yet settled by a writer, so that the bound
+/// holds for everything a message occupies until its row is committed.
+#[derive(Debug)]
+pub struct Level {
+    max_messages: usize,
+    max_bytes: usize,
+    messages: AtomicUsize,
+    bytes: AtomicUsize,
+    freed: Notify,
+}
+
+impl Level {
+    #[must_use]
+    pub fn messages(&self) -> usize {
+        self.messages.load(Ordering::Relaxed)
+    }
+
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn has_room(&self) -> bool {
+        self.messages() < self.max_messages && self.bytes() < self.max_bytes
+    }
+
+    fn add(&self, messages: usize, bytes: usize) {
+        self.messages.fetch_add(messages, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A writer has settled these: their room is free again.
+    pub fn free(&self, messages: usize, bytes: usize) {
+        self.messages.fetch_sub(messages, Ordering::Relaxed);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        self.freed.notify_one();
+    }
+}
+
+/// The source's end.
+#[derive(Debug)]
+pub struct Sender {
+    sender: mpsc::UnboundedSender<Vec<Delivery>>,
+    level: Arc<Level>,
+}
+
+/// The writers' end; shared by all writers, used by one at a time.
+#[derive(Debug, Clone)]
+pub struct Receiver {
+    receiver: Arc<Mutex<Intake>>,
+    level: Arc<Level>,
+}
+
+/// What a writer holds while it fills a batch. The ticket is drawn under the same lock that takes the deliveries, so
+/// tickets follow receipt order.
+#[derive(Debug)]
+pub struct Intake {
+    pub receiver: mpsc::UnboundedReceiver<Vec<Delivery>>,
+    pub next_ticket: u64,
+}
+
+/// Makes a queue that holds at most about this many messages and bytes: the last chunk a source reads may go over by
+/// its own size.
+#[must_use]
+#[allow(clippy::disallowed_methods, reason = "Level is the bound, in messages and in bytes; a channel counts only chunks")]
+pub fn bounded(max_messages: usize, max_bytes: usize) -> (Sender, Receiver) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let level = Arc::new(Level {
+        max_messages,
+        max_bytes,
+        messages: AtomicUsize::new(0),
+        bytes: AtomicUsize::new(0),
+        freed: Notify::new(),
+    });
+    let intake = Intake { receiver, next_ticket: 0 };
+    (Sender { sender, level: level.clone() }, Receiver { receiver: Arc::new(Mutex::new(intake)), level })
+}
+
+impl Sender {
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.level.has_room()
+    }
+
+    /// Waits until there is room. Cancelling loses nothing.
+    pub async fn room(&self) {
+        while !self.level.has_room() {
+            self.level.freed.notified().await;
+        }
+    }
+
+    /// Hands a chunk in, without waiting. `false` when the writers are gone.
+    pub fn send(&self, chunk: Vec<Delivery>) -> bool {
+        self.level.add(chunk.len(), chunk.iter().map(Delivery::size).sum());
+        self.sender.send(chunk).is_ok()
+    }
+
+    #[must_use]
+    pub fn level(&self) -> Arc<Level> {
+        self.level.clone()
+    }
+}
+
+impl Receiver {
+    /// Waits for its turn to take from the queue.
+    pub async fn intake(&self) -> MutexGuard<'_, Intake> {
+        self.receiver.lock().await
+    }
+
+    #[must_use]
+    pub fn level(&self) -> &Level {
+        &self.level
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+    use tokio::time::Instant;
+
+    fn delivery(bytes: usize) -> Delivery {
+        Delivery { topic: Bytes::new(), payload: vec![0; bytes].into(), ack: None, received: Instant::now() }
+    }
+
+    #[tokio::test]
+    async fn is_full_by_messages_or_by_bytes_until_a_writer_frees_it() {
+        let (sender, receiver) = bounded(2, 10_000);
+        sender.send(vec![delivery(1), delivery(1)]);
+        assert!(!sender.has_room());
+        receiver.level().free(1, delivery(1).size());
+        sender.room().await;
+        sender.send(vec![delivery(20_000)]);
+        receiver.level().free(1, delivery(1).size());
+        assert!(!sender.has_room(), "one message of 20,000 bytes fills it");
+        receiver.level().free(1, delivery(20_000).size());
+        assert!(sender.has_room());
+        assert_eq!((receiver.level().messages(), receiver.level().bytes()), (0, 0));
+    }
+}

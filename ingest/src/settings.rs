@@ -1,0 +1,156 @@
+//! Sections `[database]` and `[ingest]`.
+
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use serde::{Deserialize, Serialize};
+use service::secret::Secret;
+
+/// Where the rows go. Section `[database]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DatabaseSettings {
+    /// All nodes, primary or not, as `host:port` separated by commas; the primary is found among them.
+    pub hosts: String,
+    /// Name of the database.
+    pub name: String,
+    pub user: String,
+    pub password: Secret,
+    /// Longest wait for a TCP connection and login to one node, and for the answer to "who is primary".
+    #[serde(with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// Longest wait for one batch, its commit on the standby included. Afterwards the connection is dropped (never
+    /// the commit cancelled) and the batch is tried again.
+    #[serde(with = "humantime_serde")]
+    pub commit_timeout: Duration,
+}
+
+impl Default for DatabaseSettings {
+    fn default() -> Self {
+        Self {
+            hosts: "127.0.0.1:5432,127.0.0.1:5433".into(),
+            name: "tier0_db".into(),
+            user: "tier0".into(),
+            password: Secret::default(),
+            connect_timeout: Duration::from_secs(2),
+            commit_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+impl DatabaseSettings {
+    /// The nodes as (host, port).
+    ///
+    /// # Errors
+    /// When one is not `host:port`.
+    pub fn nodes(&self) -> Result<Vec<(String, u16)>, String> {
+        let nodes: Result<Vec<_>, String> = self
+            .hosts
+            .split(',')
+            .map(str::trim)
+            .filter(|node| !node.is_empty())
+            .map(|node| {
+                node.rsplit_once(':')
+                    .and_then(|(host, port)| Some((host.to_owned(), port.parse().ok()?)))
+                    .ok_or_else(|| format!("database.hosts: {node} is not host:port"))
+            })
+            .collect();
+        match nodes {
+            Ok(nodes) if nodes.is_empty() => Err("database.hosts names no node".into()),
+            other => other,
+        }
+    }
+
+    /// # Errors
+    /// One sentence naming the key.
+    pub fn check(&self) -> Result<(), String> {
+        self.nodes()?;
+        for (key, value) in
+            [("connect_timeout", self.connect_timeout), ("commit_timeout", self.commit_timeout)]
+        {
+            if value.is_zero() {
+                return Err(format!("database.{key} must be above 0"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How messages become rows. Section `[ingest]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct IngestSettings {
+    /// Writers, each with one connection.
+    pub writers: usize,
+    /// A batch closes at this many rows,
+    pub max_rows: usize,
+    /// or this many bytes,
+    pub max_bytes: ByteSize,
+    /// or when its oldest row has waited this long, whichever is first.
+    #[serde(with = "humantime_serde")]
+    pub max_age: Duration,
+    /// Most messages held at once, waiting or being written. At least the broker's in-flight window.
+    pub queue_messages: usize,
+    /// Most bytes of messages held at once. The process' memory is about three times this at worst.
+    pub queue_bytes: ByteSize,
+    /// Larger messages end as dead letters.
+    pub max_payload: ByteSize,
+    /// Older readings end as dead letters; older partitions are dropped.
+    #[serde(with = "humantime_serde")]
+    pub retention: Duration,
+    /// Readings further ahead of the clock end as dead letters.
+    #[serde(with = "humantime_serde")]
+    pub future_tolerance: Duration,
+    /// Width of one partition of `device_telemetry` in time. Divides a day.
+    #[serde(with = "humantime_serde")]
+    pub partition_width: Duration,
+}
+
+impl Default for IngestSettings {
+    fn default() -> Self {
+        Self {
+            writers: 2,
+            max_rows: 5_000,
+            max_bytes: ByteSize::mib(4),
+            max_age: Duration::from_millis(50),
+            queue_messages: 100_000,
+            queue_bytes: ByteSize::mib(64),
+            max_payload: ByteSize::kib(256),
+            retention: Duration::from_secs(24 * 3600),
+            future_tolerance: Duration::from_secs(300),
+            partition_width: Duration::from_secs(300),
+        }
+    }
+}
+
+impl IngestSettings {
+    /// # Errors
+    /// One sentence naming the key.
+    pub fn check(&self) -> Result<(), String> {
+        let day = Duration::from_secs(24 * 3600).as_micros();
+        let width = self.partition_width.as_micros();
+        if !(1..=64).contains(&self.writers) {
+            return Err("ingest.writers must be from 1 to 64".into());
+        }
+        if self.max_rows == 0 || self.max_bytes.as_u64() == 0 {
+            return Err("ingest.max_rows and ingest.max_bytes must be above 0".into());
+        }
+        // A COPY buffer is indexed with 32 bits.
+        if self.max_bytes.as_u64() > 1 << 30 || self.max_payload.as_u64() > 256 << 20 {
+            return Err("ingest.max_bytes must not exceed 1GiB, ingest.max_payload not 256MiB".into());
+        }
+        if self.queue_messages < self.max_rows {
+            return Err("ingest.queue_messages must be at least ingest.max_rows".into());
+        }
+        if self.queue_bytes.as_u64() < self.max_payload.as_u64() {
+            return Err("ingest.queue_bytes must be at least ingest.max_payload".into());
+        }
+        if width < 1_000_000 || !day.is_multiple_of(width) {
+            return Err("ingest.partition_width must be at least 1s and divide a day".into());
+        }
+        if self.retention < self.partition_width {
+            return Err("ingest.retention must be at least ingest.partition_width".into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,237 @@
+//! A writer: takes messages from the queue, makes a batch, commits it, reports it. Tries for as long as it takes.
+//!
+//! It never loses a batch and never reports one that is not committed. It ends when the queue is closed and empty.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use service::backoff::Backoff;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::database::Database;
+use crate::failure::WriteError;
+use crate::metrics::Metrics;
+use crate::partitions::{self, Layout};
+use crate::queue::Receiver;
+use crate::reading::Rules;
+use crate::settings::IngestSettings;
+use crate::settlement::Settlements;
+use crate::telemetry::{Batch, Committed, Path};
+
+const FIRST_WAIT: Duration = Duration::from_millis(20);
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
+
+/// What closed a batch; the metric's label.
+#[derive(Debug, Clone, Copy)]
+enum ClosedBy {
+    Rows,
+    Bytes,
+    Age,
+    Drain,
+}
+
+impl ClosedBy {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Rows => "rows",
+            Self::Bytes => "bytes",
+            Self::Age => "age",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+/// One of several; each has one connection at a time.
+#[derive(Debug)]
+pub struct Writer {
+    /// Goes into dead letters, for instance `mqtt`.
+    pub source: &'static str,
+    pub settings: IngestSettings,
+    pub queue: Receiver,
+    pub settlements: Arc<Settlements>,
+    pub database: Database,
+    pub metrics: Metrics,
+}
+
+impl Writer {
+    /// Runs until the queue is closed and empty.
+    pub async fn run(self) {
+        let mut batch = Batch::new(self.source, self.rules(now_us()));
+        while let Some((ticket, closed_by)) = self.fill(&mut batch).await {
+            self.metrics.batches.with_label_values(&[closed_by.as_str()]).inc();
+            self.metrics.batch_rows.observe(batch.len() as f64);
+            batch.seal();
+            let committed = self.commit(&mut batch).await;
+            self.count(&batch, &committed);
+            let (messages, bytes) = batch.delivered();
+            self.settlements.report(ticket, batch.settle());
+            self.queue.level().free(messages, bytes);
+            batch.clear();
+        }
+        self.settlements.leave();
+    }
+
+    fn rules(&self, now_us: i64) -> Rules {
+        let (oldest_us, newest_us) = Layout::new(&self.settings).window(now_us);
+        let max_payload_bytes = usize::try_from(self.settings.max_payload.as_u64()).unwrap_or(usize::MAX);
+        Rules { oldest_us, newest_us, max_payload_bytes }
+    }
+
+    /// Fills an empty batch. `None` when the queue is closed and empty.
+    async fn fill(&self, batch: &mut Batch) -> Option<(u64, ClosedBy)> {
+        let max_bytes = usize::try_from(self.settings.max_bytes.as_u64()).unwrap_or(usize::MAX);
+        let mut intake = self.queue.intake().await;
+        let mut chunk = intake.receiver.recv().await?;
+        let mut encoding = Duration::ZERO;
+        let closed_by = loop {
+            let started = Instant::now();
+            if let (true, Some(oldest)) = (batch.is_empty(), chunk.first()) {
+                self.metrics.stage.with_label_values(&["queue"]).observe(oldest.received.elapsed().as_secs_f64());
+            }
+            self.metrics.messages.inc_by(chunk.len() as u64);
+            let now_us = now_us();
+            batch.set_rules(self.rules(now_us));
+            let before = batch.len();
+            for delivery in chunk {
+                batch.push(delivery, now_us);
+            }
+            let decoded = batch.len() - before;
+            self.metrics.rows_received.inc_by(decoded as u64);
+            self.metrics.rows_in_flight.add(i64::try_from(decoded).unwrap_or(i64::MAX));
+            encoding += started.elapsed();
+            if batch.len() >= self.settings.max_rows {
+                break ClosedBy::Rows;
+            }
+            if batch.bytes() >= max_bytes {
+                break ClosedBy::Bytes;
+            }
+            // What waits already is taken whatever its age: a backlog must make batches larger, not smaller.
+            if let Ok(next) = intake.receiver.try_recv() {
+                chunk = next;
+                continue;
+            }
+            let deadline = batch.oldest().unwrap_or(started) + self.settings.max_age;
+            match timeout_at(deadline, intake.receiver.recv()).await {
+                Ok(Some(next)) => chunk = next,
+                Ok(None) => break ClosedBy::Drain,
+                Err(_) => break ClosedBy::Age,
+            }
+        };
+        self.metrics.stage.with_label_values(&["encode"]).observe(encoding.as_secs_f64());
+        let ticket = intake.next_ticket;
+        intake.next_ticket += 1;
+        Some((ticket, closed_by))
+    }
+
+    /// Commits, however long it takes.
+    async fn commit(&self, batch: &mut Batch) -> Committed {
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut path = Path::Fast;
+        let mut failing_since = None;
+        loop {
+            let error = match self.attempt(batch, path).await {
+                Ok(committed) => {
+                    if let Some(since) = failing_since {
+                        let since: Instant = since;
+                        tracing::info!(after = ?since.elapsed(), rows = batch.len(), "batch committed at last");
+                    }
+                    return committed;
+                }
+                Err(error) => error,
+            };
+            match error {
+                WriteError::Duplicate => {
+                    self.metrics.merges.inc();
+                    path = Path::Merge;
+                    continue;
+                }
+                WriteError::Data { message, .. } if path == Path::Fast => {
+                    tracing::warn!(error = message, "the database refuses a row; isolating it");
+                    self.metrics.isolations.inc();
+                    path = Path::Merge;
+                    continue;
+                }
+                WriteError::MissingPartition => match self.make_partitions(batch).await {
+                    Ok(made) if made > 0 => continue,
+                    Ok(_) => tracing::error!("no partition takes a reading although all are there"),
+                    Err(error) => tracing::warn!(%error, "cannot make a partition now"),
+                },
+                WriteError::Unknown(_) | WriteError::Data { .. } => {
+                    self.metrics.unknown_errors.inc();
+                    tracing::error!(%error, rows = batch.len(), "an error nobody has classified; trying again");
+                }
+                error => {
+                    if failing_since.is_none() {
+                        tracing::warn!(%error, rows = batch.len(), "not committed; trying until it is");
+                    }
+                }
+            }
+            failing_since.get_or_insert_with(Instant::now);
+            self.metrics.retries.inc();
+            tokio::time::sleep(backoff.next(rand::random())).await;
+        }
+    }
+
+    async fn attempt(&self, batch: &mut Batch, path: Path) -> Result<Committed, WriteError> {
+        let mut client = self.database.client().await?;
+        match timeout(self.database.commit_timeout(), batch.commit(&mut client, path)).await {
+            Ok(Ok(committed)) => Ok(committed),
+            Ok(Err(error)) => {
+                if matches!(error, WriteError::Retry(_) | WriteError::Unknown(_)) {
+                    self.database.discard(client, &error.to_string());
+                }
+                Err(error)
+            }
+            // Dropped, not cancelled: a cancelled wait for the standby would be reported as a success.
+            Err(_) => {
+                let message = format!("no answer to a commit within {:?}", self.database.commit_timeout());
+                self.database.discard(client, &message);
+                Err(WriteError::Retry(message))
+            }
+        }
+    }
+
+    async fn make_partitions(&self, batch: &Batch) -> Result<usize, WriteError> {
+        let (Some(from), Some(to)) = (batch.timestamps().min(), batch.timestamps().max()) else { return Ok(0) };
+        let mut client = self.database.client().await?;
+        let layout = Layout::new(&self.settings);
+        let making = partitions::ensure(&mut client, &layout, from, to);
+        match timeout(self.database.commit_timeout(), making).await {
+            Ok(Ok(made)) => Ok(made),
+            Ok(Err(error)) => {
+                self.database.discard(client, "partitions not made");
+                Err(error)
+            }
+            Err(_) => {
+                self.database.discard(client, "no answer while partitions were made");
+                Err(WriteError::Retry("no answer while partitions were made".into()))
+            }
+        }
+    }
+
+    fn count(&self, batch: &Batch, committed: &Committed) {
+        let metrics = &self.metrics;
+        metrics.rows_committed.inc_by(committed.rows as u64);
+        metrics.duplicates.inc_by(committed.duplicates as u64);
+        let mut refused = 0_u64;
+        for reason in batch.reasons() {
+            metrics.dead_letters.with_label_values(&[reason.as_str()]).inc();
+            refused += 1;
+        }
+        let settled = committed.rows as u64 + committed.duplicates as u64 + refused;
+        metrics.rows_in_flight.sub(i64::try_from(settled).unwrap_or(i64::MAX));
+        metrics.stage.with_label_values(&["copy"]).observe(committed.copied.as_secs_f64());
+        metrics.stage.with_label_values(&["commit"]).observe(committed.committed.as_secs_f64());
+        let now = now_us();
+        let end_to_end = metrics.end_to_end.local();
+        for timestamp in batch.timestamps() {
+            end_to_end.observe((now - timestamp) as f64 / 1e6);
+        }
+        end_to_end.flush();
+    }
+}
+
+/// The wall clock, microseconds since 1970: readings carry wall-clock times.
+fn now_us() -> i64 {
+    jiff::Timestamp::now().as_microsecond()
+}
