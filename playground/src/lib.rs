@@ -20,3 +20,4 @@ pub mod procfs;
 pub mod program;
 pub mod scratch;
 pub mod shipped;
+pub mod verify;
