@@ -1,1 +1,3 @@
+//! A broker's deliveries and their acknowledgements, tied to `ingest`. Knows no SQL.
 
+pub mod mqtt;

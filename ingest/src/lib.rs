@@ -10,6 +10,7 @@ pub mod database;
 pub mod dead_letter;
 pub mod delivery;
 pub mod failure;
+pub mod maintenance;
 pub mod metrics;
 pub mod partitions;
 pub mod queue;

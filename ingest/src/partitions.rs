@@ -110,7 +110,7 @@ pub async fn list(client: &Client) -> Result<Vec<Partition>, WriteError> {
 /// # Errors
 /// As classified by [`WriteError`]; nothing is half made.
 pub async fn ensure(
-    client: &mut deadpool_postgres::Client,
+    client: &mut Client,
     layout: &Layout,
     from_us: i64,
     to_us: i64,
@@ -126,6 +126,27 @@ pub async fn ensure(
     }
     transaction.commit().await?;
     Ok(missing.len())
+}
+
+/// Builds the index for look-ups by device on one partition, beside the writers.
+///
+/// # Errors
+/// As classified by [`WriteError`]; what a failed attempt leaves behind is removed by the next one.
+pub async fn index_device(client: &Client, partition: &Partition) -> Result<(), WriteError> {
+    let name = &partition.name;
+    client.batch_execute(&format!("DROP INDEX CONCURRENTLY IF EXISTS {name}_device")).await?;
+    let sql = format!("CREATE INDEX CONCURRENTLY {name}_device ON {name} (device_id, timestamp_utc)");
+    Ok(client.batch_execute(&sql).await?)
+}
+
+/// Drops a partition without keeping writers of the others waiting.
+///
+/// # Errors
+/// As classified by [`WriteError`].
+pub async fn drop_expired(client: &Client, partition: &Partition) -> Result<(), WriteError> {
+    let name = &partition.name;
+    client.batch_execute(&format!("ALTER TABLE device_telemetry DETACH PARTITION {name} CONCURRENTLY")).await?;
+    Ok(client.batch_execute(&format!("DROP TABLE {name}")).await?)
 }
 
 fn create_sql(start_us: i64, end_us: i64) -> String {

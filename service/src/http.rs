@@ -37,6 +37,18 @@ struct Shared {
     health: Health,
 }
 
+/// A registry with the process' own series (memory, CPU, open files) in it.
+///
+/// # Errors
+/// When /proc cannot be read.
+pub fn registry() -> anyhow::Result<Registry> {
+    let registry = Registry::new();
+    registry
+        .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+        .context("register the process' series")?;
+    Ok(registry)
+}
+
 /// Opens the port, so that a taken one is an error at start.
 ///
 /// # Errors

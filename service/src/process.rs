@@ -9,11 +9,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use axum::Router;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{Id, JoinSet};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::{self, EXIT_CONFIG, Settings, SettingsArgs};
+
+const HTTP_GOODBYE: Duration = Duration::from_millis(500);
 
 /// The tasks of one process and the token that asks them to stop.
 #[derive(Debug, Default)]
@@ -21,6 +26,9 @@ pub struct Process {
     tasks: JoinSet<anyhow::Result<()>>,
     names: HashMap<Id, String>,
     shutdown: CancellationToken,
+    /// Run until all tasks are drained, so that metrics and health can be read to the end.
+    servers: JoinSet<anyhow::Result<()>>,
+    drained: CancellationToken,
 }
 
 impl Process {
@@ -40,6 +48,11 @@ impl Process {
         self.names.insert(handle.id(), name.into());
     }
 
+    /// Serves HTTP until everything else is drained.
+    pub fn serve(&mut self, listener: TcpListener, routes: Router) {
+        self.servers.spawn(crate::http::serve(listener, routes, self.drained.clone()));
+    }
+
     /// Runs until a signal or until a task ends, then drains for at most `grace`.
     ///
     /// # Errors
@@ -53,6 +66,13 @@ impl Process {
             _ = terminate.recv() => tracing::info!(grace = ?grace, "SIGTERM: draining"),
             _ = interrupt.recv() => tracing::info!(grace = ?grace, "SIGINT: draining"),
             () = self.shutdown.cancelled() => {}
+            Some(ended) = self.servers.join_next() => {
+                outcome = Err(match ended {
+                    Ok(Ok(())) => anyhow!("the HTTP server ended before the process was asked to stop"),
+                    Ok(Err(error)) => error,
+                    Err(error) => anyhow!(error),
+                });
+            }
             Some(ended) = self.tasks.join_next_with_id() => {
                 let (name, result) = self.ended(ended);
                 outcome = Err(match result {
@@ -76,6 +96,11 @@ impl Process {
                 _ = terminate.recv() => return Err(self.stuck("a second signal")),
                 _ = interrupt.recv() => return Err(self.stuck("a second signal")),
             }
+        }
+        self.drained.cancel();
+        // A client that keeps its connection open must not keep the process: what is under way gets a moment.
+        if timeout(HTTP_GOODBYE, self.servers.join_all()).await.is_err() {
+            tracing::debug!("an HTTP connection was still open at the end");
         }
         outcome
     }

@@ -1,0 +1,111 @@
+//! `mqtt-consumer`: device telemetry from the broker into Postgres.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use consumers::mqtt::metrics::{QueueCollector, SourceMetrics};
+use consumers::mqtt::settings::MqttConsumerSettings;
+use consumers::mqtt::source::Source;
+use ingest::database::Database;
+use ingest::maintenance::Maintenance;
+use ingest::metrics::Metrics;
+use ingest::settlement::Settlements;
+use ingest::writer::Writer;
+use ingest::queue;
+use prometheus::Registry;
+use service::health::Health;
+use service::process::Process;
+use service::settings::SettingsArgs;
+use service::{http, process};
+use tokio_util::sync::CancellationToken;
+
+/// Takes device telemetry from an MQTT 5 broker and commits it to Postgres; a message is acknowledged only after its
+/// readings are committed on the primary and its synchronous standby.
+#[derive(Parser)]
+#[command(version, after_help = "Examples:
+  mqtt-consumer --config config/tier0.toml
+  TIER0__DATABASE__PASSWORD_FILE=/run/secrets/db mqtt-consumer --set mqtt.host=broker.example --set http.port=9101
+  mqtt-consumer --print-config
+
+SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
+Exit status: 0 drained, 1 failed, 78 bad settings.")]
+struct Args {
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    process::main(&args.settings, |settings: &MqttConsumerSettings| &settings.log, run)
+}
+
+async fn run(settings: MqttConsumerSettings) -> anyhow::Result<()> {
+    let registry = http::registry()?;
+    let health = Health::default();
+    let mut process = Process::default();
+    let listener = http::bind(&settings.http).await?;
+    process.serve(listener, http::routes(registry.clone(), health.clone()));
+    start_pipeline(&settings, &registry, &health, &mut process)?;
+    process.run(settings.mqtt_consumer.grace).await
+}
+
+fn start_pipeline(
+    settings: &MqttConsumerSettings,
+    registry: &Registry,
+    health: &Health,
+    process: &mut Process,
+) -> anyhow::Result<()> {
+    let metrics = Metrics::new(registry)?;
+    let source_metrics = SourceMetrics::new(registry)?;
+    let ingest = &settings.ingest;
+    // One connection for each writer and one for the upkeep of the tables.
+    let database = Database::new(&settings.database, ingest.writers + 1, health.dependency("postgres"))?;
+    let bytes = usize::try_from(ingest.queue_bytes.as_u64())?;
+    let (sender, receiver) = queue::bounded(ingest.queue_messages, bytes);
+    registry.register(Box::new(QueueCollector::new(sender.level())?))?;
+    let settlements = Arc::new(Settlements::new(ingest.writers));
+    let maintenance = Maintenance {
+        database: database.clone(),
+        settings: ingest.clone(),
+        migrate: settings.mqtt_consumer.migrate,
+    };
+    let source = Source {
+        broker: settings.mqtt.clone(),
+        settings: settings.mqtt_consumer.clone(),
+        settlements: settlements.clone(),
+        health: health.dependency("broker"),
+        metrics: metrics.clone(),
+        source_metrics,
+    };
+    let shutdown = process.shutdown();
+    let prepared = CancellationToken::new();
+    let upkeep = maintenance.run(prepared.clone(), shutdown.clone());
+    process.start("maintenance", async move {
+        upkeep.await;
+        Ok(())
+    });
+    process.start("source", async move {
+        // Reading starts when there is a table to write to; until then the broker keeps the messages.
+        tokio::select! {
+            () = prepared.cancelled() => source.run(sender, shutdown).await,
+            () = shutdown.cancelled() => {}
+        }
+        Ok(())
+    });
+    for number in 0..ingest.writers {
+        let writer = Writer {
+            source: "mqtt",
+            settings: ingest.clone(),
+            queue: receiver.clone(),
+            settlements: settlements.clone(),
+            database: database.clone(),
+            metrics: metrics.clone(),
+        };
+        process.start(format!("writer-{number}"), async move {
+            writer.run().await;
+            Ok(())
+        });
+    }
+    Ok(())
+}

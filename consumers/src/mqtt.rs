@@ -1,0 +1,6 @@
+//! MQTT 5 to `ingest`: a persistent session whose messages are acknowledged after they are committed.
+
+pub mod connection;
+pub mod metrics;
+pub mod settings;
+pub mod source;

@@ -1,0 +1,259 @@
+//! One connection to the broker: rumqttc's MQTT 5 packets over a socket of our own.
+//!
+//! rumqttc's own event loop writes and flushes every acknowledgement alone, one system call each, and awaits the
+//! socket while it writes. Here all acknowledgements that are due leave in one write, and nothing ever waits for
+//! anything but the socket. docs/decisions/0001 has the figures.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{BufMut, BytesMut};
+use rumqttc::v5::mqttbytes::v5::{
+    Connect, ConnectProperties, ConnectReturnCode, Filter, Login, Packet, PingReq, Publish, RetainForwardRule,
+    Subscribe, SubscribeReasonCode,
+};
+use rumqttc::v5::mqttbytes::{self, QoS};
+use service::secret::Secret;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+use wire::mqtt::MqttSettings;
+
+use super::settings::ConsumerSettings;
+
+/// Read at once. Payloads are slices of these pieces and hold a piece until the last of them is committed.
+const READ_BYTES: usize = 256 << 10;
+/// A new piece is started when less than this is left in the old one.
+const MIN_READ_BYTES: usize = 16 << 10;
+
+const SUBSCRIBE_ID: u16 = 1;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectionError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the broker closed the connection")]
+    Closed,
+    #[error("no answer to {0} in time")]
+    Timeout(&'static str),
+    #[error("the broker refuses the connection: {0:?}")]
+    Refused(ConnectReturnCode),
+    #[error("the broker refuses the subscription: {0:?}")]
+    NotSubscribed(Vec<SubscribeReasonCode>),
+    #[error("the broker says goodbye: {0}")]
+    Goodbye(String),
+    #[error("protocol: {0}")]
+    Protocol(#[from] mqttbytes::Error),
+    #[error("protocol: unexpected {0}")]
+    Unexpected(&'static str),
+}
+
+/// What the broker sent.
+#[derive(Debug)]
+pub enum Incoming {
+    Publish(Publish),
+    Subscribed,
+    Pong,
+}
+
+/// A connection that has been accepted and has asked for its subscription.
+#[derive(Debug)]
+pub struct Connection {
+    reader: OwnedReadHalf,
+    writer: OwnedWriteHalf,
+    incoming: BytesMut,
+    outgoing: BytesMut,
+    max_packet: u32,
+    /// Whether the broker had kept a session for us.
+    pub session_present: bool,
+}
+
+impl Connection {
+    /// Connects, with the session of earlier connections if the broker still has it, and sends the subscription.
+    /// Subscribing again changes nothing if it is there already, and repairs it if it was lost.
+    ///
+    /// # Errors
+    /// [`ConnectionError`], within the connect timeout.
+    pub async fn open(
+        broker: &MqttSettings<Secret>,
+        settings: &ConsumerSettings,
+    ) -> Result<Self, ConnectionError> {
+        timeout(broker.connect_timeout, Self::handshake(broker, settings))
+            .await
+            .map_err(|_| ConnectionError::Timeout("CONNECT"))?
+    }
+
+    async fn handshake(
+        broker: &MqttSettings<Secret>,
+        settings: &ConsumerSettings,
+    ) -> Result<Self, ConnectionError> {
+        let stream = TcpStream::connect((broker.host.as_str(), broker.port)).await?;
+        stream.set_nodelay(true)?;
+        let (reader, writer) = stream.into_split();
+        let max_packet = u32::try_from(settings.max_packet.as_u64()).unwrap_or(u32::MAX);
+        let mut connection = Self {
+            reader,
+            writer,
+            incoming: BytesMut::new(),
+            outgoing: BytesMut::new(),
+            max_packet,
+            session_present: false,
+        };
+        let properties = ConnectProperties {
+            session_expiry_interval: Some(u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX)),
+            receive_maximum: Some(settings.receive_maximum),
+            max_packet_size: Some(max_packet),
+            ..ConnectProperties::new()
+        };
+        let connect = Connect {
+            keep_alive: u16::try_from(broker.keep_alive.as_secs()).unwrap_or(u16::MAX),
+            client_id: settings.client_id.clone(),
+            clean_start: false,
+            properties: Some(properties),
+        };
+        let login = (!broker.username.is_empty())
+            .then(|| Login::new(broker.username.clone(), broker.password.expose()));
+        connection.queue(&Packet::Connect(connect, None, login))?;
+        connection.flush().await?;
+        match connection.packet().await? {
+            Packet::ConnAck(answer) if answer.code == ConnectReturnCode::Success => {
+                connection.session_present = answer.session_present;
+            }
+            Packet::ConnAck(answer) => return Err(ConnectionError::Refused(answer.code)),
+            _ => return Err(ConnectionError::Unexpected("packet before CONNACK")),
+        }
+        let mut filter = Filter::new(settings.filter.clone(), QoS::AtLeastOnce);
+        filter.retain_forward_rule = RetainForwardRule::OnNewSubscribe;
+        let mut subscribe = Subscribe::new(filter, None);
+        subscribe.pkid = SUBSCRIBE_ID;
+        connection.queue(&Packet::Subscribe(subscribe))?;
+        connection.flush().await?;
+        Ok(connection)
+    }
+
+    /// Waits until the broker has sent something. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub async fn readable(&mut self) -> Result<(), ConnectionError> {
+        self.make_room();
+        match self.reader.read_buf(&mut self.incoming).await? {
+            0 => Err(ConnectionError::Closed),
+            _ => Ok(()),
+        }
+    }
+
+    fn make_room(&mut self) {
+        if self.incoming.capacity() - self.incoming.len() < MIN_READ_BYTES {
+            self.incoming.reserve(READ_BYTES);
+        }
+    }
+
+    /// The next packet among the bytes read so far; `None` when more must be read.
+    ///
+    /// # Errors
+    /// When the broker breaks the protocol or ends the connection.
+    pub fn next(&mut self) -> Result<Option<Incoming>, ConnectionError> {
+        let packet = match Packet::read(&mut self.incoming, Some(self.max_packet)) {
+            Ok(packet) => packet,
+            Err(mqttbytes::Error::InsufficientBytes(more)) => {
+                self.incoming.reserve(more.max(MIN_READ_BYTES));
+                return Ok(None);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        match packet {
+            Packet::Publish(publish) => Ok(Some(Incoming::Publish(publish))),
+            Packet::PingResp(_) => Ok(Some(Incoming::Pong)),
+            Packet::SubAck(answer) => {
+                let granted =
+                    |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(QoS::AtLeastOnce));
+                if answer.return_codes.iter().all(granted) {
+                    Ok(Some(Incoming::Subscribed))
+                } else {
+                    Err(ConnectionError::NotSubscribed(answer.return_codes))
+                }
+            }
+            Packet::Disconnect(reason) => {
+                let text = reason.properties.and_then(|properties| properties.reason_string);
+                Err(ConnectionError::Goodbye(text.unwrap_or_else(|| format!("{:?}", reason.reason_code))))
+            }
+            _ => Err(ConnectionError::Unexpected("packet")),
+        }
+    }
+
+    /// Puts an acknowledgement into the outgoing bytes: PUBACK, success, in its short form.
+    pub fn acknowledge(&mut self, packet_id: u16) {
+        self.outgoing.put_slice(&[0x40, 2]);
+        self.outgoing.put_u16(packet_id);
+    }
+
+    pub fn ping(&mut self) {
+        if PingReq::write(&mut self.outgoing).is_err() {
+            tracing::error!("a ping of two bytes cannot fail to be written to memory");
+        }
+    }
+
+    #[must_use]
+    pub fn has_outgoing(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+
+    /// Both directions at once: writes what is outgoing (when there is something) and, when `read`, reads. Returns
+    /// whether something was read. Cancelling loses nothing.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub async fn exchange(&mut self, read: bool) -> Result<bool, ConnectionError> {
+        self.make_room();
+        let has_outgoing = self.has_outgoing();
+        tokio::select! {
+            biased;
+            written = self.writer.write_buf(&mut self.outgoing), if has_outgoing => match written? {
+                0 => Err(ConnectionError::Closed),
+                _ => Ok(false),
+            },
+            count = self.reader.read_buf(&mut self.incoming), if read => match count? {
+                0 => Err(ConnectionError::Closed),
+                _ => Ok(true),
+            },
+            else => std::future::pending().await,
+        }
+    }
+
+    /// Says goodbye; the broker keeps the session.
+    pub async fn close(mut self, patience: Duration) {
+        // DISCONNECT, reason "normal": two bytes.
+        self.outgoing.put_slice(&[0xe0, 0]);
+        let goodbye = async {
+            self.flush().await?;
+            self.writer.shutdown().await
+        };
+        match timeout(patience, goodbye).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "goodbye not sent"),
+            Err(_) => tracing::debug!("goodbye not sent in time"),
+        }
+    }
+
+    fn queue(&mut self, packet: &Packet) -> Result<(), ConnectionError> {
+        packet.write(&mut self.outgoing, None)?;
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        self.writer.write_all_buf(&mut self.outgoing).await
+    }
+
+    async fn packet(&mut self) -> Result<Packet, ConnectionError> {
+        loop {
+            match Packet::read(&mut self.incoming, Some(self.max_packet)) {
+                Ok(packet) => return Ok(packet),
+                Err(mqttbytes::Error::InsufficientBytes(_)) => self.readable().await?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The source: reads from the broker into the queue, acknowledges what is settled, reconnects for ever.
+//!
+//! It never waits for the database. When the queue is full it stops reading, goes on pinging and acknowledging, and
+//! leaves the messages with the broker. Acknowledgements of an older connection are void: the broker delivers those
+//! messages again, and their identity makes that harmless.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ingest::delivery::{Ack, Delivery};
+use ingest::metrics::Metrics;
+use ingest::queue::Sender;
+use ingest::settlement::{Settled, Settlements};
+use rumqttc::v5::mqttbytes::QoS;
+use service::backoff::Backoff;
+use service::health::Dependency;
+use service::secret::Secret;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use wire::mqtt::MqttSettings;
+
+use super::connection::{Connection, ConnectionError, Incoming};
+use super::metrics::SourceMetrics;
+use super::settings::ConsumerSettings;
+
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+const GOODBYE_WAIT: Duration = Duration::from_secs(1);
+
+/// One per process.
+#[derive(Debug)]
+pub struct Source {
+    pub broker: MqttSettings<Secret>,
+    pub settings: ConsumerSettings,
+    pub settlements: Arc<Settlements>,
+    pub health: Dependency,
+    pub metrics: Metrics,
+    pub source_metrics: SourceMetrics,
+}
+
+/// How serving a connection ended.
+enum End {
+    /// Shutdown was asked for and everything taken from the broker is settled and acknowledged.
+    Drained,
+    Failed(ConnectionError),
+}
+
+impl Source {
+    /// Runs until shutdown and drained. Owns the queue's sending end; dropping it tells the writers to finish.
+    pub async fn run(self, queue: Sender, shutdown: CancellationToken) {
+        let mut queue = Some(queue);
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut generation: u32 = 0;
+        loop {
+            generation = generation.wrapping_add(1);
+            let opened = tokio::select! {
+                opened = Connection::open(&self.broker, &self.settings) => opened,
+                () = shutdown.cancelled() => break,
+            };
+            let error = match opened {
+                Ok(connection) => {
+                    tracing::info!(session_present = connection.session_present, "connected to the broker");
+                    backoff.reset();
+                    match self.serve(connection, generation, &mut queue, &shutdown).await {
+                        End::Drained => return,
+                        End::Failed(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            self.source_metrics.connected.set(0);
+            self.source_metrics.reconnects.inc();
+            self.health.down(error.to_string());
+            if shutdown.is_cancelled() {
+                break;
+            }
+            let wait = backoff.next(rand::random());
+            tracing::warn!(%error, again_in = ?wait, "no connection to the broker");
+            self.wait_unconnected(wait, &shutdown).await;
+        }
+        // No connection to acknowledge on: what is in the queue is still committed, and delivered again later.
+        drop(queue.take());
+        while let Some(settled) = self.settlements.take().await {
+            self.void(&settled);
+        }
+    }
+
+    /// Acknowledgements that become due without a connection are void.
+    async fn wait_unconnected(&self, wait: Duration, shutdown: &CancellationToken) {
+        let until = tokio::time::sleep(wait);
+        tokio::pin!(until);
+        loop {
+            tokio::select! {
+                () = &mut until => return,
+                () = shutdown.cancelled() => return,
+                settled = self.settlements.take() => match settled {
+                    Some(settled) => self.void(&settled),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    fn void(&self, settled: &[Settled]) {
+        self.source_metrics.stale_acknowledgements.inc_by(settled.len() as u64);
+    }
+
+    async fn serve(
+        &self,
+        mut connection: Connection,
+        generation: u32,
+        queue: &mut Option<Sender>,
+        shutdown: &CancellationToken,
+    ) -> End {
+        let keep_alive = self.broker.keep_alive;
+        let mut ping = tokio::time::interval(keep_alive / 2);
+        ping.reset();
+        let mut last_heard = Instant::now();
+        let mut subscribed = false;
+        let mut was_paused = false;
+        loop {
+            let room = queue.as_ref().is_some_and(Sender::has_room);
+            if queue.is_some() && !room && !was_paused {
+                self.source_metrics.paused.inc();
+            }
+            was_paused = !room;
+            tokio::select! {
+                settled = self.settlements.take() => match settled {
+                    Some(settled) => {
+                        self.acknowledge(&mut connection, generation, &settled);
+                        while let Some(more) = self.settlements.try_take() {
+                            self.acknowledge(&mut connection, generation, &more);
+                        }
+                    }
+                    None => {
+                        connection.close(GOODBYE_WAIT).await;
+                        return End::Drained;
+                    }
+                },
+                exchanged = connection.exchange(room) => match exchanged {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        last_heard = Instant::now();
+                        match self.read(&mut connection, generation, queue) {
+                            Ok(confirmed) => {
+                                if confirmed && !subscribed {
+                                    subscribed = true;
+                                    self.source_metrics.connected.set(1);
+                                    self.health.up();
+                                }
+                            }
+                            Err(error) => return End::Failed(error),
+                        }
+                    }
+                    Err(error) => return End::Failed(error),
+                },
+                () = room_again(queue.as_ref()), if queue.is_some() && !room => {
+                    // Silence while we did not listen says nothing about the broker.
+                    last_heard = Instant::now();
+                }
+                _ = ping.tick() => {
+                    if room && last_heard.elapsed() > keep_alive {
+                        return End::Failed(ConnectionError::Timeout("PINGREQ"));
+                    }
+                    if !subscribed && room && last_heard.elapsed() > self.broker.connect_timeout {
+                        return End::Failed(ConnectionError::Timeout("SUBSCRIBE"));
+                    }
+                    connection.ping();
+                }
+                () = shutdown.cancelled(), if queue.is_some() => {
+                    // The writers finish what they have; its acknowledgements still go out here.
+                    drop(queue.take());
+                }
+            }
+        }
+    }
+
+    /// Hands everything read so far to the writers. Returns whether the subscription was confirmed.
+    fn read(
+        &self,
+        connection: &mut Connection,
+        generation: u32,
+        queue: &mut Option<Sender>,
+    ) -> Result<bool, ConnectionError> {
+        let received = Instant::now();
+        let mut confirmed = false;
+        let mut chunk = Vec::new();
+        let outcome = loop {
+            match connection.next() {
+                Ok(Some(Incoming::Publish(publish))) => {
+                    let ack = (publish.qos != QoS::AtMostOnce)
+                        .then(|| Ack { connection: generation, id: u64::from(publish.pkid) });
+                    chunk.push(Delivery { topic: publish.topic, payload: publish.payload, ack, received });
+                }
+                Ok(Some(Incoming::Subscribed)) => confirmed = true,
+                Ok(Some(Incoming::Pong)) => {}
+                Ok(None) => break Ok(confirmed),
+                Err(error) => break Err(error),
+            }
+        };
+        // While draining nothing is read, so there is a queue whenever there is something to put into it.
+        if let (false, Some(queue)) = (chunk.is_empty(), queue) {
+            if !queue.send(chunk) {
+                return Err(ConnectionError::Unexpected("end of the writers"));
+            }
+        }
+        outcome
+    }
+
+    fn acknowledge(&self, connection: &mut Connection, generation: u32, settled: &[Settled]) {
+        let mut sent = 0;
+        for Settled { ack, .. } in settled {
+            // Packet ids are 16 bits: a larger id could only come from a bug, and is not acknowledged.
+            if let (true, Ok(packet_id)) = (ack.connection == generation, u16::try_from(ack.id)) {
+                connection.acknowledge(packet_id);
+                sent += 1;
+            }
+        }
+        self.metrics.acknowledged.inc_by(sent);
+        self.source_metrics.stale_acknowledgements.inc_by(settled.len() as u64 - sent);
+    }
+}
+
+async fn room_again(queue: Option<&Sender>) {
+    match queue {
+        Some(queue) => queue.room().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,123 @@
+//! The upkeep of the tables: schema at start, then partitions, by one elected process.
+//!
+//! Elected by a session advisory lock: whoever holds it makes partitions ahead, builds the per-device index on those
+//! whose time has passed, and drops those older than the retention. The lock dies with its connection.
+
+use std::time::Duration;
+
+use deadpool_postgres::{Client, ClientWrapper};
+use service::backoff::Backoff;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::database::Database;
+use crate::failure::WriteError;
+use crate::partitions::{self, Layout};
+use crate::schema;
+use crate::settings::IngestSettings;
+
+/// The bytes of "tier0ele".
+const ELECTION_LOCK: i64 = 0x7469_6572_3065_6c65;
+
+/// How long schema work may take before its connection is given up and it starts again.
+const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
+/// An index of one partition is built within this, or tried again.
+const UPKEEP_TIMEOUT: Duration = Duration::from_secs(600);
+/// Between two looks at the partitions. Far shorter than the time partitions are made ahead.
+const PERIOD: Duration = Duration::from_secs(5);
+
+/// One per consumer process.
+#[derive(Debug)]
+pub struct Maintenance {
+    pub database: Database,
+    pub settings: IngestSettings,
+    /// Bring the schema up to date first.
+    pub migrate: bool,
+}
+
+impl Maintenance {
+    /// Cancels `prepared` once there is a table to write to, then keeps the partitions until shutdown.
+    pub async fn run(self, prepared: CancellationToken, shutdown: CancellationToken) {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        loop {
+            let outcome = tokio::select! {
+                outcome = self.work(&prepared, &mut backoff) => outcome,
+                () = shutdown.cancelled() => return,
+            };
+            let wait = backoff.next(rand::random());
+            match outcome {
+                Ok(()) => {}
+                Err(error) => tracing::warn!(error = format!("{error:#}"), again_in = ?wait, "upkeep of the tables failed"),
+            }
+            tokio::select! {
+                () = sleep(wait) => {}
+                () = shutdown.cancelled() => return,
+            }
+        }
+    }
+
+    /// Prepares when that is not done yet, then does the upkeep for as long as it is elected.
+    async fn work(&self, prepared: &CancellationToken, backoff: &mut Backoff) -> anyhow::Result<()> {
+        if !prepared.is_cancelled() {
+            timeout(PREPARE_TIMEOUT, self.prepare()).await??;
+            prepared.cancel();
+        }
+        let client = self.database.client().await?;
+        let elected = "SELECT pg_try_advisory_lock($1)";
+        let row = timeout(self.database.commit_timeout(), client.query_one(elected, &[&ELECTION_LOCK])).await??;
+        if !row.get::<_, bool>(0) {
+            drop(client);
+            backoff.reset();
+            sleep(PERIOD).await;
+            return Ok(());
+        }
+        tracing::info!("elected to keep the partitions");
+        let mut elected = Elected { client: Client::take(client), layout: Layout::new(&self.settings) };
+        loop {
+            timeout(UPKEEP_TIMEOUT, elected.upkeep()).await??;
+            backoff.reset();
+            sleep(PERIOD).await;
+        }
+    }
+
+    /// The schema and the partitions that live readings need now.
+    async fn prepare(&self) -> anyhow::Result<()> {
+        let mut client = self.database.client().await?;
+        if self.migrate {
+            schema::migrate(&mut client).await?;
+        }
+        let layout = Layout::new(&self.settings);
+        let now = jiff::Timestamp::now().as_microsecond();
+        partitions::ensure(&mut client, &layout, now - layout.width_us, layout.window(now).1 + layout.width_us).await?;
+        Ok(())
+    }
+}
+
+struct Elected {
+    /// Taken out of the pool: it holds the election lock, which closing it releases.
+    client: ClientWrapper,
+    layout: Layout,
+}
+
+impl Elected {
+    async fn upkeep(&mut self) -> Result<(), WriteError> {
+        let now = jiff::Timestamp::now().as_microsecond();
+        let (oldest, newest) = self.layout.window(now);
+        let made =
+            partitions::ensure(&mut self.client, &self.layout, oldest, newest + 2 * self.layout.width_us).await?;
+        if made > 0 {
+            tracing::info!(made, "partitions made");
+        }
+        // The newest first: they are asked for most.
+        for partition in partitions::list(&self.client).await?.iter().rev() {
+            if partition.span.1 <= oldest {
+                partitions::drop_expired(&self.client, partition).await?;
+                tracing::info!(partition = partition.name, "partition dropped: older than the retention");
+            } else if partition.span.1 <= now && !partition.indexed {
+                partitions::index_device(&self.client, partition).await?;
+                tracing::debug!(partition = partition.name, "per-device index built");
+            }
+        }
+        Ok(())
+    }
+}
