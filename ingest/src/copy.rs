@@ -55,7 +55,5 @@ fn put(buffer: &mut BytesMut, value: &[u8]) {
 
 /// Cuts rows into the pieces that are sent as one message each. Shares the memory.
 pub fn messages(mut rows: Bytes) -> impl Iterator<Item = Bytes> {
-    std::iter::from_fn(move || {
-        (!rows.is_empty()).then(|| rows.split_to(rows.len().min(MESSAGE_BYTES)))
-    })
+    std::iter::from_fn(move || (!rows.is_empty()).then(|| rows.split_to(rows.len().min(MESSAGE_BYTES))))
 }

@@ -40,11 +40,7 @@ impl Database {
     ///
     /// # Errors
     /// When the settings name no node.
-    pub fn new(
-        settings: &DatabaseSettings,
-        connections: usize,
-        health: Dependency,
-    ) -> anyhow::Result<Self> {
+    pub fn new(settings: &DatabaseSettings, connections: usize, health: Dependency) -> anyhow::Result<Self> {
         let finder = Finder {
             nodes: settings.nodes().map_err(anyhow::Error::msg)?,
             connect_timeout: settings.connect_timeout,
@@ -64,11 +60,8 @@ impl Database {
             config.password(settings.password.expose());
         }
         let highest = finder.highest_timeline.clone();
-        let manager = Manager::from_connect(
-            config,
-            finder,
-            ManagerConfig { recycling_method: RecyclingMethod::Fast },
-        );
+        let manager =
+            Manager::from_connect(config, finder, ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let check = move || {
             let highest = highest.clone();
             Hook::async_fn(move |client: &mut deadpool_postgres::ClientWrapper, _| {
@@ -247,7 +240,10 @@ where
             match std::future::poll_fn(|context| connection.poll_message(context)).await {
                 Some(Ok(AsyncMessage::Notice(notice))) => {
                     if is_unreplicated(notice.message()) {
-                        tracing::error!(notice = notice.message(), "a commit is not on the standby; connection dropped");
+                        tracing::error!(
+                            notice = notice.message(),
+                            "a commit is not on the standby; connection dropped"
+                        );
                         return;
                     }
                     tracing::debug!(notice = notice.message(), "notice from Postgres");

@@ -124,15 +124,15 @@ mod tests {
             ("58030", false, Kind::Server), // io_error
             ("23505", true, Kind::Duplicate),
             ("23514", false, Kind::MissingPartition),
-            ("23514", true, Kind::Data),  // a CHECK constraint
-            ("22P02", false, Kind::Data), // invalid_text_representation
-            ("22P05", false, Kind::Data), // untranslatable_character: \u0000
-            ("22021", false, Kind::Data), // character_not_in_repertoire
-            ("22003", false, Kind::Data), // numeric_value_out_of_range
-            ("22P03", false, Kind::Data), // invalid_binary_representation
-            ("23502", false, Kind::Data), // not_null_violation
-            ("54000", false, Kind::Data), // program_limit_exceeded: index row too large
-            ("54001", false, Kind::Data), // statement_too_complex: nested too deep
+            ("23514", true, Kind::Data),     // a CHECK constraint
+            ("22P02", false, Kind::Data),    // invalid_text_representation
+            ("22P05", false, Kind::Data),    // untranslatable_character: \u0000
+            ("22021", false, Kind::Data),    // character_not_in_repertoire
+            ("22003", false, Kind::Data),    // numeric_value_out_of_range
+            ("22P03", false, Kind::Data),    // invalid_binary_representation
+            ("23502", false, Kind::Data),    // not_null_violation
+            ("54000", false, Kind::Data),    // program_limit_exceeded: index row too large
+            ("54001", false, Kind::Data),    // statement_too_complex: nested too deep
             ("28P01", false, Kind::Unknown), // invalid_password
             ("42P01", false, Kind::Unknown), // undefined_table
             ("XX000", false, Kind::Unknown),

@@ -47,7 +47,9 @@ impl Maintenance {
             let wait = backoff.next(rand::random());
             match outcome {
                 Ok(()) => {}
-                Err(error) => tracing::warn!(error = format!("{error:#}"), again_in = ?wait, "upkeep of the tables failed"),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), again_in = ?wait, "upkeep of the tables failed")
+                }
             }
             tokio::select! {
                 () = sleep(wait) => {}
@@ -64,7 +66,8 @@ impl Maintenance {
         }
         let client = self.database.client().await?;
         let elected = "SELECT pg_try_advisory_lock($1)";
-        let row = timeout(self.database.commit_timeout(), client.query_one(elected, &[&ELECTION_LOCK])).await??;
+        let row =
+            timeout(self.database.commit_timeout(), client.query_one(elected, &[&ELECTION_LOCK])).await??;
         if !row.get::<_, bool>(0) {
             drop(client);
             backoff.reset();
@@ -88,7 +91,13 @@ impl Maintenance {
         }
         let layout = Layout::new(&self.settings);
         let now = jiff::Timestamp::now().as_microsecond();
-        partitions::ensure(&mut client, &layout, now - layout.width_us, layout.window(now).1 + layout.width_us).await?;
+        partitions::ensure(
+            &mut client,
+            &layout,
+            now - layout.width_us,
+            layout.window(now).1 + layout.width_us,
+        )
+        .await?;
         Ok(())
     }
 }
@@ -104,7 +113,8 @@ impl Elected {
         let now = jiff::Timestamp::now().as_microsecond();
         let (oldest, newest) = self.layout.window(now);
         let made =
-            partitions::ensure(&mut self.client, &self.layout, oldest, newest + 2 * self.layout.width_us).await?;
+            partitions::ensure(&mut self.client, &self.layout, oldest, newest + 2 * self.layout.width_us)
+                .await?;
         if made > 0 {
             tracing::info!(made, "partitions made");
         }

@@ -145,7 +145,9 @@ pub async fn index_device(client: &Client, partition: &Partition) -> Result<(), 
 /// As classified by [`WriteError`].
 pub async fn drop_expired(client: &Client, partition: &Partition) -> Result<(), WriteError> {
     let name = &partition.name;
-    client.batch_execute(&format!("ALTER TABLE device_telemetry DETACH PARTITION {name} CONCURRENTLY")).await?;
+    client
+        .batch_execute(&format!("ALTER TABLE device_telemetry DETACH PARTITION {name} CONCURRENTLY"))
+        .await?;
     Ok(client.batch_execute(&format!("DROP TABLE {name}")).await?)
 }
 

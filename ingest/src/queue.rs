@@ -74,7 +74,10 @@ pub struct Intake {
 /// Makes a queue that holds at most about this many messages and bytes: the last chunk a source reads may go over by
 /// its own size.
 #[must_use]
-#[allow(clippy::disallowed_methods, reason = "Level is the bound, in messages and in bytes; a channel counts only chunks")]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "Level is the bound, in messages and in bytes; a channel counts only chunks"
+)]
 pub fn bounded(max_messages: usize, max_bytes: usize) -> (Sender, Receiver) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let level = Arc::new(Level {

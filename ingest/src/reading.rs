@@ -146,11 +146,7 @@ pub fn nth_part<'a>(topic: &[u8], payload: &'a [u8], rules: &Rules, n: usize) ->
     part().unwrap_or(payload)
 }
 
-fn checked_element<'a>(
-    element: &'a str,
-    topic: &Topic<'_>,
-    rules: &Rules,
-) -> Result<Reading<'a>, Rejection> {
+fn checked_element<'a>(element: &'a str, topic: &Topic<'_>, rules: &Rules) -> Result<Reading<'a>, Rejection> {
     if !element.starts_with('{') {
         return Err(Rejection::new(Reason::WrongType, "a reading is a JSON object"));
     }
@@ -167,7 +163,10 @@ fn check<'a>(fields: &Fields<'a>, topic: &Topic<'_>, rules: &Rules) -> Result<Re
     let time = text("timestamp_utc", required("timestamp_utc", fields.timestamp_utc)?)?;
     let metrics = object("metrics", required("metrics", fields.metrics)?)?;
     let timestamp_us = timestamp::parse(time.as_bytes()).ok_or_else(|| {
-        Rejection::new(Reason::WrongType, "timestamp_utc is not an RFC 3339 time such as 2026-02-03T04:05:06.789Z")
+        Rejection::new(
+            Reason::WrongType,
+            "timestamp_utc is not an RFC 3339 time such as 2026-02-03T04:05:06.789Z",
+        )
     })?;
     let reading = Reading {
         firmware: fields.firmware.map(|raw| text("firmware", raw)).transpose()?,
@@ -191,7 +190,11 @@ fn check<'a>(fields: &Fields<'a>, topic: &Topic<'_>, rules: &Rules) -> Result<Re
         }
     }
     if timestamp_us < rules.oldest_us || timestamp_us > rules.newest_us {
-        let side = if timestamp_us < rules.oldest_us { "older than the retention" } else { "too far ahead of the clock" };
+        let side = if timestamp_us < rules.oldest_us {
+            "older than the retention"
+        } else {
+            "too far ahead of the clock"
+        };
         return Err(Rejection::new(Reason::TimestampOutOfRange, format!("timestamp_utc {time} is {side}")));
     }
     Ok(reading)

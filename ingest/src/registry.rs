@@ -22,9 +22,7 @@ pub async fn fill(client: &Client) -> anyhow::Result<()> {
         return Ok(());
     }
     client
-        .batch_execute(
-            "BEGIN; CREATE TEMP TABLE registry_staging (LIKE device_registry) ON COMMIT DROP",
-        )
+        .batch_execute("BEGIN; CREATE TEMP TABLE registry_staging (LIKE device_registry) ON COMMIT DROP")
         .await
         .context("begin to fill the registry")?;
     for site in &SITES {

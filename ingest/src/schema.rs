@@ -4,11 +4,7 @@ use anyhow::Context;
 use tokio_postgres::Client;
 
 mod embedded {
-    #![allow(
-        clippy::all,
-        unreachable_pub,
-        reason = "written by refinery's macro"
-    )]
+    #![allow(clippy::all, unreachable_pub, reason = "written by refinery's macro")]
     refinery::embed_migrations!("migrations");
 }
 

@@ -20,7 +20,13 @@ pub fn parse(text: &[u8]) -> Option<i64> {
     let &[b'T' | b't' | b' ', h1, h2, b':', i1, i2, b':', s1, s2] = time else { return None };
     let (hour, minute, second) = (two(h1, h2)?, two(i1, i2)?, two(s1, s2)?);
     // 60 is a leap second, which Postgres too counts as the first second of the next minute.
-    if !(1..=12).contains(&month) || day < 1 || day > days_in(year, month) || hour > 23 || minute > 59 || second > 60 {
+    if !(1..=12).contains(&month)
+        || day < 1
+        || day > days_in(year, month)
+        || hour > 23
+        || minute > 59
+        || second > 60
+    {
         return None;
     }
     let (fraction, rest) = fraction(rest)?;

@@ -86,7 +86,10 @@ impl Writer {
         let closed_by = loop {
             let started = Instant::now();
             if let (true, Some(oldest)) = (batch.is_empty(), chunk.first()) {
-                self.metrics.stage.with_label_values(&["queue"]).observe(oldest.received.elapsed().as_secs_f64());
+                self.metrics
+                    .stage
+                    .with_label_values(&["queue"])
+                    .observe(oldest.received.elapsed().as_secs_f64());
             }
             self.metrics.messages.inc_by(chunk.len() as u64);
             let now_us = now_us();
@@ -192,7 +195,9 @@ impl Writer {
     }
 
     async fn make_partitions(&self, batch: &Batch) -> Result<usize, WriteError> {
-        let (Some(from), Some(to)) = (batch.timestamps().min(), batch.timestamps().max()) else { return Ok(0) };
+        let (Some(from), Some(to)) = (batch.timestamps().min(), batch.timestamps().max()) else {
+            return Ok(0);
+        };
         let mut client = self.database.client().await?;
         let layout = Layout::new(&self.settings);
         let making = partitions::ensure(&mut client, &layout, from, to);

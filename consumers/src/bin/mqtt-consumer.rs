@@ -10,9 +10,9 @@ use consumers::mqtt::source::Source;
 use ingest::database::Database;
 use ingest::maintenance::Maintenance;
 use ingest::metrics::Metrics;
+use ingest::queue;
 use ingest::settlement::Settlements;
 use ingest::writer::Writer;
-use ingest::queue;
 use prometheus::Registry;
 use service::health::Health;
 use service::process::Process;
@@ -23,13 +23,16 @@ use tokio_util::sync::CancellationToken;
 /// Takes device telemetry from an MQTT 5 broker and commits it to Postgres; a message is acknowledged only after its
 /// readings are committed on the primary and its synchronous standby.
 #[derive(Parser)]
-#[command(version, after_help = "Examples:
+#[command(
+    version,
+    after_help = "Examples:
   mqtt-consumer --config config/tier0.toml
   TIER0__DATABASE__PASSWORD_FILE=/run/secrets/db mqtt-consumer --set mqtt.host=broker.example --set http.port=9101
   mqtt-consumer --print-config
 
 SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
-Exit status: 0 drained, 1 failed, 78 bad settings.")]
+Exit status: 0 drained, 1 failed, 78 bad settings."
+)]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,

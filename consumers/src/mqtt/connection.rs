@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
-    Connect, ConnectProperties, ConnectReturnCode, Filter, Login, Packet, PingReq, Publish, RetainForwardRule,
-    Subscribe, SubscribeReasonCode,
+    Connect, ConnectProperties, ConnectReturnCode, Filter, Login, Packet, PingReq, Publish,
+    RetainForwardRule, Subscribe, SubscribeReasonCode,
 };
 use rumqttc::v5::mqttbytes::{self, QoS};
 use service::secret::Secret;
@@ -102,7 +102,9 @@ impl Connection {
             session_present: false,
         };
         let properties = ConnectProperties {
-            session_expiry_interval: Some(u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX)),
+            session_expiry_interval: Some(
+                u32::try_from(settings.session_expiry.as_secs()).unwrap_or(u32::MAX),
+            ),
             receive_maximum: Some(settings.receive_maximum),
             max_packet_size: Some(max_packet),
             ..ConnectProperties::new()
@@ -168,8 +170,9 @@ impl Connection {
             Packet::Publish(publish) => Ok(Some(Incoming::Publish(publish))),
             Packet::PingResp(_) => Ok(Some(Incoming::Pong)),
             Packet::SubAck(answer) => {
-                let granted =
-                    |code: &SubscribeReasonCode| matches!(code, SubscribeReasonCode::Success(QoS::AtLeastOnce));
+                let granted = |code: &SubscribeReasonCode| {
+                    matches!(code, SubscribeReasonCode::Success(QoS::AtLeastOnce))
+                };
                 if answer.return_codes.iter().all(granted) {
                     Ok(Some(Incoming::Subscribed))
                 } else {

@@ -21,7 +21,10 @@ impl SourceMetrics {
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let metrics = Self {
             connected: IntGauge::new("mqtt_connected", "1 while subscribed at the broker")?,
-            reconnects: IntCounter::new("mqtt_reconnects_total", "Connections to the broker that ended or failed")?,
+            reconnects: IntCounter::new(
+                "mqtt_reconnects_total",
+                "Connections to the broker that ended or failed",
+            )?,
             paused: IntCounter::new(
                 "mqtt_reading_paused_total",
                 "Times reading from the broker paused because the queue was full",
@@ -52,8 +55,14 @@ impl QueueCollector {
     pub fn new(level: Arc<Level>) -> Result<Self, prometheus::Error> {
         Ok(Self {
             level,
-            messages: IntGauge::new("ingest_queue_messages", "Messages taken from the broker and not yet settled")?,
-            bytes: IntGauge::new("ingest_queue_bytes", "Bytes of messages taken from the broker and not yet settled")?,
+            messages: IntGauge::new(
+                "ingest_queue_messages",
+                "Messages taken from the broker and not yet settled",
+            )?,
+            bytes: IntGauge::new(
+                "ingest_queue_bytes",
+                "Bytes of messages taken from the broker and not yet settled",
+            )?,
         })
     }
 }

@@ -70,7 +70,9 @@ impl Settings for MqttConsumerSettings {
         self.ingest.check()?;
         let consumer = &self.mqtt_consumer;
         if consumer.client_id.is_empty() {
-            return Err("mqtt_consumer.client_id must not be empty: it names the session that holds messages".into());
+            return Err(
+                "mqtt_consumer.client_id must not be empty: it names the session that holds messages".into(),
+            );
         }
         if consumer.receive_maximum == 0 {
             return Err("mqtt_consumer.receive_maximum must be above 0".into());
@@ -88,7 +90,9 @@ impl Settings for MqttConsumerSettings {
             return Err("mqtt_consumer.max_packet must not exceed MQTT's limit of 256MiB".into());
         }
         if consumer.session_expiry.is_zero() {
-            return Err("mqtt_consumer.session_expiry must be above 0: the session must outlive a connection".into());
+            return Err(
+                "mqtt_consumer.session_expiry must be above 0: the session must outlive a connection".into(),
+            );
         }
         Ok(())
     }

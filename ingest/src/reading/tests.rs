@@ -2,8 +2,11 @@ use super::*;
 use proptest::prelude::*;
 
 const TOPIC: &[u8] = b"og/field/TX-EAGLE/turbine/TURB-00417";
-const RULES: Rules =
-    Rules { oldest_us: 1_770_000_000_000_000, newest_us: 1_771_000_000_000_000, max_payload_bytes: 256 << 10 };
+const RULES: Rules = Rules {
+    oldest_us: 1_770_000_000_000_000,
+    newest_us: 1_771_000_000_000_000,
+    max_payload_bytes: 256 << 10,
+};
 const GOOD: &str = r#"{"device_id":"TURB-00417","device_type":"turbine","site_id":"TX-EAGLE",
  "timestamp_utc":"2026-02-03T04:05:06.789Z","firmware":"3.4.1",
  "metrics":{"rpm":3412,"inlet_temp_c":401.7,"vibration_mm_s":2.3},
@@ -89,7 +92,8 @@ fn what_is_not_a_reading_says_why() {
 
 #[test]
 fn a_topic_that_is_not_ours_is_a_mismatch() {
-    for topic in [&b"og/field/TX-EAGLE"[..], b"other/TX-EAGLE/turbine/TURB-00417", b"og/field/\xff/turbine/x"] {
+    for topic in [&b"og/field/TX-EAGLE"[..], b"other/TX-EAGLE/turbine/TURB-00417", b"og/field/\xff/turbine/x"]
+    {
         let seen = seen(topic, GOOD.as_bytes());
         assert_eq!(seen.rejected[0].1.reason, Reason::TopicMismatch);
     }

@@ -60,10 +60,8 @@ impl Batch {
                 Err(other) => return Err(other),
             }
         }
-        let letters: Vec<DeadLetter> = refused
-            .iter()
-            .filter_map(|(row, message)| self.letter(*row, message.clone()))
-            .collect();
+        let letters: Vec<DeadLetter> =
+            refused.iter().filter_map(|(row, message)| self.letter(*row, message.clone())).collect();
         let done = Committed {
             rows: stored,
             duplicates: self.rows.len() - stored - refused.len(),
@@ -102,10 +100,8 @@ impl Batch {
     fn letter(&self, row: usize, error: String) -> Option<DeadLetter> {
         let delivery_number = self.rows.get(row)?.delivery;
         let delivery = self.deliveries.get(delivery_number)?;
-        let before =
-            self.rows.get(..row)?.iter().rev().take_while(|other| other.delivery == delivery_number);
-        let part =
-            reading::nth_part(&delivery.topic, &delivery.payload, &self.rules, before.count());
+        let before = self.rows.get(..row)?.iter().rev().take_while(|other| other.delivery == delivery_number);
+        let part = reading::nth_part(&delivery.topic, &delivery.payload, &self.rules, before.count());
         Some(DeadLetter {
             received_at_us: wall_clock_of(delivery.received),
             source: self.source,

@@ -1,0 +1,8 @@
+//! The real `mqtt-consumer` between a real broker and a real Postgres.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+mod bad_input;
+mod command_line;
+mod floor;
+mod outages;

@@ -1,0 +1,8 @@
+//! Batches against a real Postgres.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test fails by panicking")]
+
+mod encoding;
+mod fixture;
+mod paths;
+mod upkeep;

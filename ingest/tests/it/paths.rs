@@ -1,0 +1,122 @@
+//! Fast path, merge, isolation: every reading is one row or one dead letter, and the rest is not harmed.
+
+use ingest::dead_letter::Reason;
+use ingest::telemetry::Committed;
+use playground::cluster::Options;
+
+use crate::fixture::{Fixture, message, reading};
+
+fn counts(committed: &Committed) -> (usize, usize) {
+    (committed.rows, committed.duplicates)
+}
+
+#[tokio::test]
+async fn the_same_reading_twice_is_one_row() {
+    let fixture = Fixture::new(Options::alone()).await;
+    let mut batch = fixture.batch();
+    (0..100).for_each(|n| batch.push(fixture.delivery(n, 0, r#"{"rpm":1}"#), fixture.now_us));
+    assert_eq!(counts(&fixture.commit(&mut batch).await), (100, 0));
+
+    batch.clear();
+    (50..150).for_each(|n| batch.push(fixture.delivery(n, 0, r#"{"rpm":2}"#), fixture.now_us));
+    batch.push(fixture.delivery(149, 0, r#"{"rpm":3}"#), fixture.now_us);
+    assert_eq!(counts(&fixture.commit(&mut batch).await), (50, 51), "50 stored before, 1 twice in the batch");
+    assert_eq!(fixture.readings().await, 150);
+    let first = "SELECT count(*) FROM device_telemetry WHERE metrics = '{\"rpm\": 1}'";
+    assert_eq!(fixture.count(first).await, 100, "the first delivery counts");
+    let settled = batch.settle();
+    assert_eq!(settled.len(), 101);
+    assert!(settled.iter().all(|settled| settled.rejected.is_none()));
+}
+
+/// Numbers beyond the range of numeric pass the decoder; only the database can refuse them.
+const POISON: &str = r#"{"rpm":1e999999}"#;
+
+#[tokio::test]
+async fn rows_the_database_refuses_cost_only_themselves() {
+    let fixture = Fixture::new(Options::alone()).await;
+    let mut batch = fixture.batch();
+    for number in 0..1000 {
+        let poison = matches!(number, 0 | 17 | 18 | 500 | 999);
+        batch.push(fixture.delivery(number, 0, if poison { POISON } else { "{}" }), fixture.now_us);
+    }
+    batch.push(message(1000, "not json"), fixture.now_us);
+    assert_eq!(counts(&fixture.commit(&mut batch).await), (995, 0));
+    assert_eq!(fixture.readings().await, 995);
+    let letters = fixture
+        .db
+        .query("SELECT topic, reason, error, payload, source FROM dead_letters ORDER BY topic", &[])
+        .await
+        .unwrap();
+    let topics: Vec<String> = letters.iter().map(|row| row.get(0)).collect();
+    let expected = [0, 1000, 17, 18, 500, 999].map(|n| format!("og/field/S/turbine/D-{n}"));
+    assert_eq!(topics, expected);
+    for row in &letters {
+        let (reason, error, payload): (&str, &str, &[u8]) = (row.get(1), row.get(2), row.get(3));
+        if payload == b"not json" {
+            assert_eq!(reason, "not_json");
+        } else {
+            assert_eq!(reason, "rejected_by_database");
+            assert!(error.contains("22003"), "{error}");
+            assert!(String::from_utf8_lossy(payload).contains("1e999999"));
+        }
+        assert_eq!(row.get::<_, &str>(4), "mqtt");
+    }
+    let rejected: Vec<u64> =
+        batch.settle().into_iter().filter(|s| s.rejected.is_some()).map(|s| s.ack.id).collect();
+    assert_eq!(rejected, [0, 17, 18, 500, 999, 1000]);
+}
+
+#[tokio::test]
+async fn a_batch_of_nothing_but_poison_and_duplicates_ends() {
+    let fixture = Fixture::new(Options::alone()).await;
+    let mut batch = fixture.batch();
+    (0..40).for_each(|n| batch.push(fixture.delivery(n, 0, "{}"), fixture.now_us));
+    fixture.commit(&mut batch).await;
+    batch.clear();
+    for number in 0..80 {
+        let metrics = if number % 2 == 0 { "{}" } else { POISON };
+        batch.push(fixture.delivery(number, 0, metrics), fixture.now_us);
+    }
+    assert_eq!(counts(&fixture.commit(&mut batch).await), (20, 20));
+    assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, 40);
+    let reasons: Vec<Reason> = batch.reasons().collect();
+    assert_eq!(reasons, [Reason::RejectedByDatabase; 40]);
+}
+
+#[tokio::test]
+async fn a_refused_element_of_an_array_is_named_alone() {
+    let fixture = Fixture::new(Options::alone()).await;
+    let elements: Vec<String> = (0..10)
+        .map(|n| match n {
+            2 => "17".to_owned(),
+            5 => reading(7, fixture.now_us + n, POISON),
+            _ => reading(7, fixture.now_us + n, "{}"),
+        })
+        .collect();
+    let mut batch = fixture.batch();
+    batch.push(message(7, &format!("[{}]", elements.join(","))), fixture.now_us);
+    batch.push(fixture.delivery(8, 0, "{}"), fixture.now_us);
+    assert_eq!(counts(&fixture.commit(&mut batch).await), (9, 0));
+    let letters =
+        fixture.db.query("SELECT payload FROM dead_letters ORDER BY length(payload)", &[]).await.unwrap();
+    let payloads: Vec<String> =
+        letters.iter().map(|row| String::from_utf8(row.get::<_, Vec<u8>>(0)).unwrap()).collect();
+    assert_eq!(payloads, ["17".to_owned(), elements[5].clone()]);
+    let settled = batch.settle();
+    assert_eq!(settled.iter().map(|s| s.rejected.is_some()).collect::<Vec<_>>(), [true, false]);
+}
+
+#[tokio::test]
+async fn a_late_reading_gets_its_partition() {
+    let fixture = Fixture::new(Options::alone()).await;
+    let hour = 3_600_000_000;
+    let mut batch = fixture.batch();
+    batch.push(fixture.delivery(1, -5 * hour, "{}"), fixture.now_us);
+    batch.push(fixture.delivery(1, 0, "{}"), fixture.now_us);
+    batch.push(fixture.delivery(1, -25 * hour, "{}"), fixture.now_us);
+    batch.push(fixture.delivery(1, hour, "{}"), fixture.now_us);
+    assert_eq!(counts(&fixture.commit(&mut batch).await), (2, 0));
+    let out = "SELECT count(*) FROM dead_letters WHERE reason = 'timestamp_out_of_range'";
+    assert_eq!(fixture.count(out).await, 2);
+}
