@@ -1,0 +1,261 @@
+//! Wiring of a run: connections, the watch over them, the ledger, the end.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use jiff::Timestamp;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use prometheus::Registry;
+use service::health::Health;
+use service::http;
+use service::process::Process;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::connection::Connection;
+use super::metrics::Metrics;
+use super::publisher::{Now, Publisher, Traffic};
+use super::report::{Books, Summary};
+use super::settings::DeviceSimulatorSettings;
+use super::watch;
+use crate::ledger_file;
+use crate::seeds::{join, mix};
+
+/// Handshakes at a time. A broker's listen queue is often 100.
+const HANDSHAKES: usize = 64;
+/// Files a process has open besides its MQTT connections: logs, listener, scrapes, the ledger.
+const OTHER_FILES: u64 = 64;
+/// After the grace period: for farewells and for tasks to end.
+const AFTER_GRACE: Duration = Duration::from_secs(5);
+
+/// What the connections of a run share.
+#[derive(Debug)]
+pub struct Shared {
+    pub settings: DeviceSimulatorSettings,
+    pub metrics: Metrics,
+    /// New in each run: keeps client ids and jitter of two simulators apart.
+    pub run: u64,
+    pub gate: Semaphore,
+    started: Instant,
+    started_us: i64,
+    /// Cancelled when the first connection is up.
+    begun: CancellationToken,
+    /// Cancelled when every connection has made and settled its part of `count`.
+    finished: CancellationToken,
+    up: AtomicU32,
+    unfinished: AtomicU32,
+    problem: Mutex<Option<String>>,
+}
+
+impl Shared {
+    fn new(settings: DeviceSimulatorSettings, metrics: Metrics) -> Self {
+        let started_us = Timestamp::now().as_microsecond();
+        let run = join(mix(std::process::id().into()), started_us.unsigned_abs());
+        let unfinished = AtomicU32::new(settings.device_simulator.connections);
+        Self {
+            settings,
+            metrics,
+            run,
+            gate: Semaphore::new(HANDSHAKES),
+            started: Instant::now(),
+            started_us,
+            begun: CancellationToken::new(),
+            finished: CancellationToken::new(),
+            up: AtomicU32::new(0),
+            unfinished,
+            problem: Mutex::new(None),
+        }
+    }
+
+    /// Both clocks.
+    #[must_use]
+    pub fn now(&self) -> Now {
+        Now { since: self.started.elapsed(), wall_us: Timestamp::now().as_microsecond() }
+    }
+
+    pub fn connection_up(&self) {
+        self.up.fetch_add(1, Ordering::Relaxed);
+        self.metrics.connections.inc();
+        self.begun.cancel();
+    }
+
+    pub fn connection_down(&self) {
+        self.up.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.connections.dec();
+    }
+
+    pub fn connection_finished(&self) {
+        if self.unfinished.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.finished.cancel();
+        }
+    }
+
+    /// Keeps the newest problem for the watch, which logs for all connections together.
+    pub fn report(&self, problem: &anyhow::Error) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{problem:#}"));
+    }
+
+    /// Connections that are up.
+    #[must_use]
+    pub fn up(&self) -> u32 {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// The newest problem of any connection, once.
+    #[must_use]
+    pub fn take_problem(&self) -> Option<String> {
+        self.problem.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// All publishers of the run, by connection number.
+pub type Publishers = Arc<Vec<Arc<Mutex<Publisher>>>>;
+
+/// Runs the simulator until a signal, `run_for` or `count`; the ledger and the summary are written in any case.
+///
+/// # Errors
+/// When it cannot start, a task fails, or the ledger cannot be written.
+pub async fn run(settings: DeviceSimulatorSettings) -> anyhow::Result<()> {
+    let fleet = Arc::new(settings.device_simulator.clone());
+    check_open_files(fleet.connections)?;
+    let registry = Registry::new();
+    let metrics = Metrics::new(&registry).context("register metrics")?;
+    let health = Health::default();
+    let broker = health.dependency("mqtt");
+    let listener = http::bind(&settings.http).await?;
+    let shared = Arc::new(Shared::new(settings, metrics.clone()));
+    let publishers: Publishers = Arc::new(
+        (0..fleet.connections)
+            .map(|number| Arc::new(Mutex::new(Publisher::new(Arc::clone(&fleet), number, metrics.clone()))))
+            .collect(),
+    );
+    tracing::info!(
+        devices = fleet.devices,
+        connections = fleet.connections,
+        rate = fleet.messages_per_second().map_or("max".to_owned(), |rate| format!("{rate:.1}/s")),
+        qos = fleet.qos,
+        seed = fleet.seed,
+        broker = format!("{}:{}", shared.settings.mqtt.host, shared.settings.mqtt.port),
+        "the fleet starts"
+    );
+
+    let mut process = Process::default();
+    let shutdown = process.shutdown();
+    for (number, publisher) in (0..).zip(publishers.iter()) {
+        let client_id = format!("{}-{:08x}-{number}", fleet.client_id, shared.run >> 32);
+        let connection =
+            Connection::new(number, client_id, Arc::clone(publisher), Arc::clone(&shared), shutdown.clone());
+        process.start(format!("connection {number}"), connection.run());
+    }
+    process
+        .start("watch", watch::run(Arc::clone(&shared), Arc::clone(&publishers), broker, shutdown.clone()));
+    process.start("ledger", write_ledgers(Arc::clone(&shared), Arc::clone(&publishers), shutdown.clone()));
+    process.start("http", http::serve(listener, http::routes(registry, health), shutdown.clone()));
+    process.start("end", end(Arc::clone(&shared), shutdown));
+    let outcome = process.run(fleet.grace + AFTER_GRACE).await;
+    let written = tokio::task::spawn_blocking(move || conclude(&shared, &publishers, true))
+        .await
+        .context("write the ledger")?;
+    outcome.and(written)
+}
+
+/// Ends the run when `run_for` or `count` is reached.
+async fn end(shared: Arc<Shared>, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let run_for = shared.settings.device_simulator.run_for;
+    let elapsed = async {
+        match run_for {
+            Some(run_for) => {
+                shared.begun.cancelled().await;
+                tokio::time::sleep(run_for).await;
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = elapsed => tracing::info!(?run_for, "the time is up"),
+        () = shared.finished.cancelled() => tracing::info!("all messages are sent"),
+        () = shutdown.cancelled() => {}
+    }
+    shutdown.cancel();
+    Ok(())
+}
+
+/// Writes the ledger in mid-run, so that a killed simulator leaves a recent one.
+async fn write_ledgers(
+    shared: Arc<Shared>,
+    publishers: Publishers,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    if shared.settings.device_simulator.ledger.is_none() {
+        shutdown.cancelled().await;
+        return Ok(());
+    }
+    let mut ticks = tokio::time::interval(shared.settings.device_simulator.ledger_every);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = ticks.tick() => {}
+            () = shutdown.cancelled() => return Ok(()),
+        }
+        let (shared, publishers) = (Arc::clone(&shared), Arc::clone(&publishers));
+        let written = tokio::task::spawn_blocking(move || conclude(&shared, &publishers, false)).await;
+        // A full disk now need not be one at the end; the run goes on.
+        if let Err(error) = written.context("write the ledger").flatten() {
+            tracing::error!(error = format!("{error:#}"), "the ledger was not written");
+        }
+    }
+}
+
+/// Writes the ledger; at the end also the summary.
+fn conclude(shared: &Shared, publishers: &Publishers, complete: bool) -> anyhow::Result<()> {
+    let fleet = &shared.settings.device_simulator;
+    let mut traffic: Vec<Traffic> = Vec::new();
+    let mut connections = Vec::with_capacity(publishers.len());
+    for publisher in publishers.iter() {
+        let publisher = publisher.lock().unwrap_or_else(PoisonError::into_inner);
+        connections.push(publisher.snapshot());
+        if complete {
+            traffic.push(publisher.traffic().clone());
+        }
+    }
+    let books = Books {
+        seed: fleet.seed,
+        qos: fleet.qos,
+        complete,
+        started_us: shared.started_us,
+        ended_us: shared.now().wall_us,
+        connections,
+    };
+    let written = fleet.ledger.as_ref().map_or(Ok(()), |path| ledger_file::replace(path, &books));
+    if complete {
+        let summary = Summary::new(fleet, &books, &traffic, shared.metrics.reconnects.get());
+        if let Some(path) = &fleet.summary {
+            ledger_file::replace(path, &summary)?;
+        }
+        show(&summary.line());
+    }
+    written
+}
+
+#[allow(clippy::print_stdout, reason = "the result of the command line tool")]
+fn show(line: &str) {
+    println!("{line}");
+}
+
+/// Every connection is an open file. Raises the soft limit as far as it may.
+fn check_open_files(connections: u32) -> anyhow::Result<()> {
+    let needed = u64::from(connections) + OTHER_FILES;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read the limit of open files")?;
+    if needed <= soft {
+        return Ok(());
+    }
+    if needed > hard {
+        bail!(
+            "device_simulator.connections = {connections} needs {needed} open files, the limit is {hard}: \
+             raise it (ulimit -n, LimitNOFILE) or use fewer connections"
+        );
+    }
+    setrlimit(Resource::RLIMIT_NOFILE, needed, hard).context("raise the limit of open files")
+}
