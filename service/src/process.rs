@@ -63,9 +63,11 @@ impl Process {
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let mut outcome = Ok(());
         tokio::select! {
+            // In this order: a task that ends because of the token must not be taken for one that ended unasked.
+            biased;
+            () = self.shutdown.cancelled() => {}
             _ = terminate.recv() => tracing::info!(grace = ?grace, "SIGTERM: draining"),
             _ = interrupt.recv() => tracing::info!(grace = ?grace, "SIGINT: draining"),
-            () = self.shutdown.cancelled() => {}
             Some(ended) = self.servers.join_next() => {
                 outcome = Err(match ended {
                     Ok(Ok(())) => anyhow!("the HTTP server ended before the process was asked to stop"),
@@ -195,6 +197,20 @@ mod tests {
         process.shutdown().cancel();
         let error = process.run(Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().contains("still busy: stuck"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_task_may_end_the_process_and_itself_at_once() {
+        for _ in 0..100 {
+            let mut process = Process::default();
+            let shutdown = process.shutdown();
+            process.start("end", async move {
+                shutdown.cancel();
+                Ok(())
+            });
+            tokio::task::yield_now().await;
+            process.run(Duration::from_secs(5)).await.unwrap();
+        }
     }
 
     #[tokio::test]
