@@ -102,58 +102,79 @@ impl Cluster {
     /// When a step fails; the message names it and holds the end of the server's log.
     pub async fn create(dir: &Path, options: Options) -> anyhow::Result<Self> {
         let passwords = Passwords::random()?;
-        private_file(
-            &dir.join(PASSWORDS),
-            &serde_json::to_string(&passwords).context("write the passwords")?,
-            None,
-        )?;
         let mut cluster = Self { nodes: nodes(dir, &options, &passwords)?, options };
-        let Some((primary, standbys)) = cluster.nodes.split_first_mut() else { bail!("a cluster has nodes") };
-        primary.init(cluster.options.sync).await?;
-        primary.configure(&cluster.options.settings)?;
-        primary.start().await?;
-        create_roles(primary, &passwords).await?;
-        for standby in standbys {
-            standby.clone_from(primary, cluster.options.sync).await?;
-            standby.configure(&cluster.options.settings)?;
-            standby.start().await?;
-        }
+        let sync = cluster.options.sync;
+        let primary = cluster.primary_mut();
+        primary.init(sync).await?;
+        cluster.configure()?;
+        cluster.primary_mut().start().await?;
+        create_roles(cluster.primary(), &passwords).await?;
+        cluster.clone_standbys(&[]).await?;
         cluster.require_standbys().await?;
+        // Last: its presence says that the cluster is complete.
+        let text = serde_json::to_string(&passwords).context("write the passwords")?;
+        private_file(&dir.join(PASSWORDS), &text, None)?;
         Ok(cluster)
     }
 
-    /// Starts a cluster whose data exists.
+    /// Starts a cluster whose data exists. A standby that has no data, or whose slot the primary no longer has, is
+    /// cloned anew.
     ///
     /// # Errors
     /// As [`Cluster::create`].
     pub async fn open(dir: &Path, options: Options) -> anyhow::Result<Self> {
-        let text = std::fs::read_to_string(dir.join(PASSWORDS)).context("read the passwords")?;
-        let passwords: Passwords = serde_json::from_str(&text).context("read the passwords")?;
+        let passwords = Self::passwords(dir)?;
         let mut cluster = Self { nodes: nodes(dir, &options, &passwords)?, options };
+        let slots = cluster.primary().data().join("pg_replslot");
+        let standbys = cluster.nodes.iter().skip(1);
+        let usable: Vec<String> = standbys
+            .filter(|node| node.data().join("PG_VERSION").is_file() && slots.join(node.name()).is_dir())
+            .map(|node| node.name().to_owned())
+            .collect();
+        cluster.configure()?;
         let Some((primary, standbys)) = cluster.nodes.split_first_mut() else { bail!("a cluster has nodes") };
-        primary.configure(&cluster.options.settings)?;
-        for standby in standbys.iter_mut() {
-            standby.configure(&cluster.options.settings)?;
-            standby.follow(primary)?;
-        }
         // The standbys need not wait for the primary: they ask for it every 100 ms.
         let mut starts = Vec::new();
-        for node in &mut cluster.nodes {
-            starts.push(node.start());
+        for standby in standbys.iter_mut().filter(|node| usable.iter().any(|name| name == node.name())) {
+            standby.follow(primary)?;
+            starts.push(standby.start());
         }
+        starts.push(primary.start());
         for result in join_all(starts).await {
             result?;
         }
-        drop_other_slots(cluster.primary(), cluster.options.standbys).await?;
+        cluster.clone_standbys(&usable).await?;
         cluster.require_standbys().await?;
         Ok(cluster)
     }
 
-    /// Whether `dir` holds a cluster that was completely made with this number of standbys.
+    /// Whether `dir` holds a cluster that was completely made.
     #[must_use]
-    pub fn exists(dir: &Path, standbys: usize) -> bool {
+    pub fn exists(dir: &Path) -> bool {
         dir.join(PASSWORDS).is_file()
-            && (1..=standbys + 1).all(|region| dir.join(format!("region{region}/PG_VERSION")).is_file())
+    }
+
+    /// The passwords of the cluster in `dir`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn passwords(dir: &Path) -> anyhow::Result<Passwords> {
+        let text = std::fs::read_to_string(dir.join(PASSWORDS)).context("read the passwords")?;
+        serde_json::from_str(&text).context("read the passwords")
+    }
+
+    /// Deletes what is left of a cluster, complete or not.
+    ///
+    /// # Errors
+    /// When something cannot be deleted.
+    pub fn remove(dir: &Path) -> anyhow::Result<()> {
+        for entry in std::fs::read_dir(dir).with_context(|| format!("read {}", dir.display()))? {
+            let path = entry.context("read the data directory")?.path();
+            if path.join("PG_VERSION").is_file() || path.file_name().is_some_and(|name| name == "region1") {
+                std::fs::remove_dir_all(&path).with_context(|| format!("delete {}", path.display()))?;
+            }
+        }
+        Ok(())
     }
 
     #[must_use]
@@ -282,6 +303,37 @@ impl Cluster {
         Ok(())
     }
 
+    /// Writes every node's configuration. Commits wait for nobody yet: a standby that is being cloned cannot confirm.
+    fn configure(&self) -> anyhow::Result<()> {
+        let mut made = self.nodes.iter().filter(|node| node.data().join("PG_VERSION").is_file());
+        made.try_for_each(|node| node.configure(&self.options.settings))
+    }
+
+    /// Clones every standby but those named, and drops the slots of all others: a slot whose standby does not take
+    /// part holds WAL back for nothing.
+    async fn clone_standbys(&mut self, usable: &[String]) -> anyhow::Result<()> {
+        let Some((primary, standbys)) = self.nodes.split_first_mut() else { bail!("a cluster has nodes") };
+        primary
+            .admin()
+            .await?
+            .execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots \
+                 WHERE NOT active AND slot_name <> ALL ($1)",
+                &[&usable],
+            )
+            .await
+            .context("drop the slots of absent standbys")?;
+        for standby in standbys.iter_mut().filter(|node| !usable.iter().any(|name| name == node.name())) {
+            if standby.data().exists() {
+                std::fs::remove_dir_all(standby.data()).context("delete a standby that cannot be used")?;
+            }
+            standby.clone_from(primary, self.options.sync).await?;
+            standby.configure(&self.options.settings)?;
+            standby.start().await?;
+        }
+        Ok(())
+    }
+
     /// From here on commits wait for a standby.
     async fn require_standbys(&mut self) -> anyhow::Result<()> {
         let names: Vec<&str> = self.nodes.iter().skip(1).map(Postgres::name).collect();
@@ -293,6 +345,12 @@ impl Cluster {
         primary.reload()?;
         self.wait_synchronous().await
     }
+}
+
+/// How to connect to `tier0_db` of a node that another process started.
+#[must_use]
+pub fn connection(port: u16, passwords: &Passwords, role: Role) -> tokio_postgres::Config {
+    crate::postgres::config(port, passwords, role, DATABASE)
 }
 
 fn nodes(dir: &Path, options: &Options, passwords: &Passwords) -> anyhow::Result<Vec<Postgres>> {
@@ -322,22 +380,6 @@ async fn create_roles(primary: &Postgres, passwords: &Passwords) -> anyhow::Resu
     db.batch_execute(&format!("CREATE DATABASE {DATABASE} OWNER {}", Role::Owner.name()))
         .await
         .context("create the database")
-}
-
-/// A slot whose standby does not take part holds WAL back for nothing.
-async fn drop_other_slots(primary: &Postgres, standbys: usize) -> anyhow::Result<()> {
-    let kept: Vec<String> = (2..=standbys + 1).map(|region| format!("region{region}")).collect();
-    primary
-        .admin()
-        .await?
-        .execute(
-            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots \
-             WHERE NOT active AND slot_name <> ALL ($1)",
-            &[&kept],
-        )
-        .await
-        .context("drop the slots of absent standbys")?;
-    Ok(())
 }
 
 /// Copies with owners and modes, sharing blocks where the file system can.

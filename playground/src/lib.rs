@@ -10,7 +10,10 @@
 
 pub mod account;
 pub mod child;
+pub mod cli;
 pub mod cluster;
+pub mod commands;
+pub mod home;
 pub mod http;
 pub mod metrics;
 pub mod mosquitto;
@@ -20,4 +23,5 @@ pub mod procfs;
 pub mod program;
 pub mod scratch;
 pub mod shipped;
+pub mod up;
 pub mod verify;

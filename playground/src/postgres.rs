@@ -387,8 +387,7 @@ impl Postgres {
     }
 
     fn make_parent(&self) -> anyhow::Result<()> {
-        // initdb and pg_basebackup create the directory itself with the right mode when they may write its parent;
-        // an empty one that belongs to them is what they accept otherwise.
+        // They may not write the parent directory; an empty one that belongs to them is what they accept as well.
         crate::account::private_dir(&self.data, self.account.as_ref())
     }
 
@@ -401,7 +400,7 @@ impl Postgres {
     }
 }
 
-fn config(port: u16, passwords: &Passwords, role: Role, database: &str) -> Config {
+pub(crate) fn config(port: u16, passwords: &Passwords, role: Role, database: &str) -> Config {
     let mut config = Config::new();
     config
         .host("127.0.0.1")

@@ -12,7 +12,7 @@ pub struct Stat {
     pub parent: i32,
     /// `R`, `S`, `T` (stopped), `Z` (dead, not yet reaped) and so on.
     pub state: char,
-    /// User and system time so far; without children.
+    /// User and system time so far, that of children which have ended included.
     pub cpu_seconds: f64,
     pub rss_bytes: u64,
     /// Ticks after boot. Together with the pid it names a process for good: pids are used again.
@@ -31,7 +31,7 @@ fn parse(line: &str) -> Option<Stat> {
     let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
     let number = |index: usize| fields.get(index)?.parse::<u64>().ok();
     #[allow(clippy::cast_precision_loss, reason = "ticks of a process' life fit a double")]
-    let cpu_seconds = (number(11)? + number(12)?) as f64 / TICKS_PER_SECOND;
+    let cpu_seconds = (number(11)? + number(12)? + number(13)? + number(14)?) as f64 / TICKS_PER_SECOND;
     Some(Stat {
         state: fields.first()?.chars().next()?,
         parent: fields.get(1)?.parse().ok()?,
@@ -75,6 +75,14 @@ pub fn tree_cpu_seconds(root: i32) -> f64 {
     std::iter::once(root).chain(descendants(root)).filter_map(stat).map(|stat| stat.cpu_seconds).sum()
 }
 
+/// The most memory the process ever had. 0 when it is gone.
+#[must_use]
+pub fn peak_rss_bytes(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -84,13 +92,14 @@ mod tests {
         let line = "4711 (post (gres) x) T 1 4711 4711 0 -1 4194560 900 0 0 0 150 50 7 7 20 0 1 0 123456 99 2 18446744073709551615 1";
         let stat = parse(line).unwrap();
         assert_eq!((stat.parent, stat.state, stat.started, stat.rss_bytes), (1, 'T', 123_456, 8192));
-        assert!((stat.cpu_seconds - 2.0).abs() < 1e-9);
+        assert!((stat.cpu_seconds - 2.14).abs() < 1e-9);
     }
 
     #[test]
     fn finds_this_process() {
         let me = i32::try_from(std::process::id()).unwrap();
         assert!(lives(me));
+        assert!(peak_rss_bytes(me) > 1 << 20);
         assert!(descendants(stat(me).unwrap().parent).contains(&me));
         assert!(!lives(i32::MAX));
     }

@@ -1,0 +1,165 @@
+//! The command line of `tier0`.
+
+use std::fmt::Display;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::home::Home;
+use crate::{commands, up};
+
+/// Starts, watches and checks the whole system on one machine: real servers as children of this command, with their
+/// data below .tier0/, never touching what runs system-wide.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:
+  tier0 up                               100,000 devices, every 5 s each, until Ctrl-C
+  tier0 up --for 60s --fresh             one minute on empty tables, then the verdict
+  tier0 up --without device-simulator    bring your own client: mosquitto_pub -t og/field/SITE/TYPE/ID -m ...
+  tier0 psql                             SQL on region1 while it runs (and after)
+  tier0 logs mqtt-consumer -f"
+)]
+pub struct Cli {
+    /// Where state and data are kept
+    #[arg(long, global = true, value_name = "DIR", env = "TIER0_DIR", default_value = ".tier0")]
+    dir: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start everything, show it live, and check the ledger at the end
+    #[command(
+        after_help = "Ctrl-C drains: the simulator waits for its acknowledgements, the consumer commits what the \
+broker holds, then every device is checked on every node. A second Ctrl-C aborts.
+Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise, 130 when aborted."
+    )]
+    Up(UpArgs),
+    /// What runs: processes, ports, memory
+    Status,
+    /// End a running `up` in order and wait for it
+    Down {
+        /// Kill at once instead of draining
+        #[arg(long)]
+        now: bool,
+    },
+    /// Show the log of one process
+    Logs {
+        /// region1, region2, mosquitto, mqtt-consumer, device-simulator; without it the names are listed
+        name: Option<String>,
+        /// Keep showing what is added
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Open psql on one node; nodes that do not run are started for the session
+    Psql {
+        #[arg(default_value = "region1")]
+        region: String,
+        /// As the superuser instead of as the owner of tier0_db
+        #[arg(long)]
+        admin: bool,
+        /// What follows goes to psql [example: tier0 psql region2 -- -c 'SELECT 1']
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Check the ledger of the last run against the tables, device by device, on every node
+    Verify {
+        /// Print the report as JSON
+        #[arg(long)]
+        json: bool,
+        /// Another ledger than that of the last run
+        #[arg(long, value_name = "FILE")]
+        ledger: Option<PathBuf>,
+    },
+}
+
+/// Options of `up`.
+#[derive(Debug, Clone, Args)]
+pub struct UpArgs {
+    /// End by itself after this time, counted from the first message [example: 60s]
+    #[arg(long = "for", value_name = "TIME", value_parser = time)]
+    pub duration: Option<Duration>,
+    /// Devices of the fleet
+    #[arg(long, value_name = "N")]
+    pub devices: Option<u32>,
+    /// Time between two readings of one device [example: 5s]
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub interval: Option<Duration>,
+    /// Messages a second, whatever the interval
+    #[arg(long, value_name = "N")]
+    pub rate: Option<u64>,
+    /// MQTT quality of service of the devices: 0 or 1
+    #[arg(long, value_name = "0|1", value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub qos: Option<u8>,
+    /// Seed of everything that looks random
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Leave a process out; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub without: Vec<Part>,
+    /// Write the final summary as JSON
+    #[arg(long, value_name = "FILE")]
+    pub summary: Option<PathBuf>,
+    /// Delete the data of earlier runs first
+    #[arg(long)]
+    pub fresh: bool,
+    /// Plain lines instead of the full-screen view, on a terminal too
+    #[arg(long)]
+    pub no_ui: bool,
+    /// What follows goes to device-simulator [example: tier0 up -- --set device_simulator.duplicates=0.01]
+    #[arg(last = true)]
+    pub simulator_args: Vec<String>,
+}
+
+/// What can be left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    DeviceSimulator,
+    MqttConsumer,
+    Mosquitto,
+    /// The standby of region2: commits then wait for one machine only
+    Region2,
+}
+
+fn time(text: &str) -> Result<Duration, String> {
+    humantime_serde::re::humantime::parse_duration(text).map_err(|error| error.to_string())
+}
+
+/// Runs the command; the exit status says whether it succeeded.
+#[must_use]
+pub fn run(cli: Cli) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::Error::new(error).context("start the runtime")),
+    };
+    let outcome = runtime.block_on(async {
+        let home = Home::open(&cli.dir)?;
+        match cli.command {
+            Command::Up(args) => up::run(&home, args).await,
+            Command::Status => commands::status(&home).await,
+            Command::Down { now } => commands::down(&home, now).await,
+            Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
+            Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
+            Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
+        }
+    });
+    // A thread that reads the keyboard may still be blocked; the process ends all the same.
+    runtime.shutdown_background();
+    outcome.unwrap_or_else(|error| fail(&error))
+}
+
+/// One line (or more) for whoever called the command.
+pub(crate) fn say(text: impl Display) {
+    // Nobody reads any more (`tier0 up | head`): no reason to stop what runs.
+    drop(writeln!(std::io::stdout(), "{text}"));
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    drop(writeln!(std::io::stderr(), "tier0: {error:#}"));
+    ExitCode::FAILURE
+}

@@ -1,0 +1,209 @@
+//! `tier0 up`: start, watch, drain, verify, stop.
+//!
+//! Each phase is a file: [`stack`] starts and stops, [`sample`] measures, [`screen`] and [`plain`] show, [`finish`]
+//! drains and verifies, [`summary`] says what came of it.
+
+mod finish;
+mod interrupt;
+mod plain;
+pub mod sample;
+mod screen;
+mod stack;
+mod summary;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use crate::cli::{UpArgs, say};
+use crate::home::{Home, Process, State};
+pub(crate) use finish::load_file as load_ledger;
+use interrupt::Interrupts;
+use sample::{Sample, Sampler};
+use screen::Screen;
+use stack::Stack;
+
+/// Exit status of a command that was interrupted.
+const ABORTED: u8 = 130;
+const TICK: Duration = Duration::from_secs(1);
+/// How often the start looks for the first committed row.
+const FIRST_ROW: Duration = Duration::from_millis(20);
+
+/// Why the live phase ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum End {
+    /// The time given by `--for` is over.
+    Time,
+    /// Ctrl-C, SIGTERM or `q`.
+    Asked,
+    /// A process ended that should not have.
+    Died(String),
+}
+
+/// Runs it all. The exit status is the verdict.
+///
+/// # Errors
+/// When something does not start or cannot be checked.
+pub async fn run(home: &Home, args: UpArgs) -> anyhow::Result<ExitCode> {
+    let began = Instant::now();
+    let Some(lock) = home.lock()? else {
+        bail!("tier0 is already up here (tier0 status shows it, tier0 down ends it)");
+    };
+    let mut interrupts = Interrupts::listen()?;
+    if args.fresh {
+        home.clear(&lock)?;
+    }
+    if home.is_elsewhere() {
+        say(format!(
+            "the data is in {}: the servers' users cannot reach this directory",
+            home.data().display()
+        ));
+    }
+    let mut stack = tokio::select! {
+        stack = Stack::start(home.data(), &args) => stack?,
+        () = interrupts.at_least(1) => return Ok(aborted()),
+    };
+    home.write_state(&state(&mut stack))?;
+    let mut watched = interrupts.clone();
+    let result = tokio::select! {
+        result = session(home, &args, &mut stack, &mut watched, began) => result,
+        () = interrupts.at_least(2) => Ok(aborted()),
+    };
+    if matches!(&result, Ok(code) if *code == ExitCode::from(ABORTED)) {
+        drop(stack);
+    } else {
+        stack.stop().await?;
+    }
+    home.write_state(&State::default())?;
+    result
+}
+
+fn aborted() -> ExitCode {
+    say("aborted: everything is killed; what the broker had not written to disk is lost");
+    ExitCode::from(ABORTED)
+}
+
+/// From the first message to the verdict.
+async fn session(
+    home: &Home,
+    args: &UpArgs,
+    stack: &mut Stack,
+    interrupts: &mut Interrupts,
+    began: Instant,
+) -> anyhow::Result<ExitCode> {
+    let before = stack.consumer_metrics().await;
+    stack.start_simulator(home, args).await?;
+    home.write_state(&state(stack))?;
+    let started = Instant::now();
+    let mut sampler = Sampler::new(started, began, before);
+    let end = live(args, stack, interrupts, &mut sampler).await?;
+    match &end {
+        End::Time => say("the time is over: draining"),
+        End::Asked => say("draining (Ctrl-C again aborts)"),
+        End::Died(what) => say(format!("FAILED: {what}")),
+    }
+    let summary = finish::finish(home, args, stack, &mut sampler, started).await;
+    let summary = match (summary, &end) {
+        (Ok(summary), _) => summary,
+        // What died is the cause; that the rest could not be checked follows from it.
+        (Err(error), End::Died(_)) => {
+            say(format!("cannot check what is stored: {error:#}"));
+            return Ok(ExitCode::FAILURE);
+        }
+        (Err(error), _) => return Err(error),
+    };
+    say(&summary);
+    if let Some(path) = &args.summary {
+        let text = serde_json::to_string_pretty(&summary).context("write the summary")?;
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    let good = summary.holds && !matches!(end, End::Died(_));
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Shows what happens until something ends it.
+async fn live(
+    args: &UpArgs,
+    stack: &mut Stack,
+    interrupts: &mut Interrupts,
+    sampler: &mut Sampler,
+) -> anyhow::Result<End> {
+    let full_screen = !args.no_ui && std::io::stdout().is_terminal() && std::io::stdin().is_terminal();
+    if full_screen {
+        wait_first_row(stack, interrupts, sampler).await;
+    }
+    let mut screen = if full_screen { Some(Screen::open(interrupts.clone())?) } else { None };
+    let deadline = args.duration.map(|duration| sampler.started() + duration);
+    let mut first_row = tokio::time::interval(FIRST_ROW);
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        let over = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = interrupts.at_least(1) => return Ok(End::Asked),
+            () = over => return Ok(End::Time),
+            _ = first_row.tick(), if sampler.start_seconds().is_none() && stack.consumer.is_some() => {
+                look_for_first_row(stack, sampler).await;
+            }
+            _ = ticks.tick() => {
+                if let Some(what) = stack.died() {
+                    return Ok(End::Died(what));
+                }
+                let sample = sampler.take(stack).await;
+                show(&mut screen, sampler, &sample, stack)?;
+            }
+        }
+    }
+}
+
+fn show(
+    screen: &mut Option<Screen>,
+    sampler: &Sampler,
+    sample: &Sample,
+    stack: &Stack,
+) -> anyhow::Result<()> {
+    match screen {
+        Some(screen) => screen.draw(sampler, sample, stack),
+        None => {
+            say(plain::line(sample));
+            Ok(())
+        }
+    }
+}
+
+async fn look_for_first_row(stack: &Stack, sampler: &mut Sampler) {
+    if let Some(metrics) = stack.consumer_metrics().await
+        && sampler.saw_rows(&metrics)
+    {
+        say(format!(
+            "first row committed {:.2} s after the start",
+            sampler.start_seconds().unwrap_or_default()
+        ));
+    }
+}
+
+/// Before the screen covers it: the start's last line.
+async fn wait_first_row(stack: &Stack, interrupts: &mut Interrupts, sampler: &mut Sampler) {
+    let limit = Instant::now() + Duration::from_secs(2);
+    while sampler.start_seconds().is_none() && stack.consumer.is_some() && Instant::now() < limit {
+        tokio::select! {
+            () = interrupts.at_least(1) => return,
+            () = tokio::time::sleep(FIRST_ROW) => look_for_first_row(stack, sampler).await,
+        }
+    }
+}
+
+fn state(stack: &mut Stack) -> State {
+    let me = i32::try_from(std::process::id()).unwrap_or_default();
+    State {
+        up: Some(Process::new("tier0 up", me, 0, std::path::Path::new(""))),
+        processes: stack.processes(),
+    }
+}

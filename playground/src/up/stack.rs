@@ -1,0 +1,216 @@
+//! What runs: started in the order of what needs what, side by side where nothing does.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use crate::cli::{Part, UpArgs, say};
+use crate::cluster::{Cluster, Options};
+use crate::home::{Home, Process};
+use crate::metrics::Metrics;
+use crate::mosquitto::Mosquitto;
+use crate::port::Port;
+use crate::postgres::Role;
+use crate::program::{Launch, Program};
+
+const POSTGRES_PORTS: [u16; 2] = [5432, 5433];
+const MQTT_PORT: u16 = 1883;
+const CONSUMER_PORT: u16 = 9101;
+const SIMULATOR_PORT: u16 = 9102;
+const READY: Duration = Duration::from_secs(60);
+/// The simulator waits for acknowledgements that may be stuck behind a full broker.
+pub(super) const SIMULATOR_GRACE: Duration = Duration::from_secs(90);
+pub(super) const CONSUMER_GRACE: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+pub(super) struct Stack {
+    // Clients before servers: dropping goes in this order.
+    pub(super) simulator: Option<Program>,
+    pub(super) consumer: Option<Program>,
+    pub(super) broker: Option<Mosquitto>,
+    pub(super) cluster: Cluster,
+    /// The tables held rows before this run.
+    pub(super) kept: bool,
+}
+
+impl Stack {
+    /// Starts the servers and the consumer; the simulator comes when somebody is there to listen.
+    pub(super) async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<Self> {
+        let with = |part: Part| !args.without.contains(&part);
+        let broker = async {
+            if !with(Part::Mosquitto) {
+                return Ok(None);
+            }
+            let started = Instant::now();
+            let broker = Mosquitto::open(dir, port("mosquitto", MQTT_PORT)?, &[]).await?;
+            report("mosquitto", broker.port(), started, "");
+            anyhow::Ok(Some(broker))
+        };
+        let ((cluster, kept), broker) = tokio::try_join!(databases(dir, with(Part::Region2)), broker)?;
+        let mut stack = Self { simulator: None, consumer: None, broker, cluster, kept };
+        if with(Part::MqttConsumer) {
+            let started = Instant::now();
+            let launch = Launch::new("mqtt-consumer").envs(stack.environment());
+            let mut consumer = launch.start_on(dir, port("mqtt-consumer", CONSUMER_PORT)?).await?;
+            consumer.ready(READY).await?;
+            report("mqtt-consumer", consumer.port(), started, "/metrics /health");
+            stack.consumer = Some(consumer);
+        }
+        Ok(stack)
+    }
+
+    pub(super) async fn start_simulator(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {
+        if args.without.contains(&Part::DeviceSimulator) {
+            say("no device-simulator: bring your own client");
+            return Ok(());
+        }
+        let started = Instant::now();
+        let ledger = home.ledger();
+        if ledger.exists() {
+            std::fs::remove_file(&ledger).with_context(|| format!("delete {}", ledger.display()))?;
+        }
+        let mut options = vec!["--ledger".to_owned(), ledger.display().to_string()];
+        for (flag, value) in [
+            ("--devices", args.devices.map(|n| n.to_string())),
+            ("--interval", args.interval.map(|time| format!("{}us", time.as_micros()))),
+            ("--rate", args.rate.map(|n| n.to_string())),
+            ("--qos", args.qos.map(|n| n.to_string())),
+            ("--seed", args.seed.map(|n| n.to_string())),
+        ] {
+            options.extend(value.into_iter().flat_map(|value| [flag.to_owned(), value]));
+        }
+        options.extend(args.simulator_args.iter().cloned());
+        let launch = Launch::new("device-simulator").envs(self.broker_environment()).args(options);
+        let mut simulator = launch.start_on(home.data(), port("device-simulator", SIMULATOR_PORT)?).await?;
+        simulator.ready(READY).await?;
+        report("device-simulator", simulator.port(), started, "/metrics /health");
+        self.simulator = Some(simulator);
+        Ok(())
+    }
+
+    /// What ended unasked, with the end of its log.
+    pub(super) fn died(&mut self) -> Option<String> {
+        for program in [&mut self.simulator, &mut self.consumer].into_iter().flatten() {
+            if let Some(status) = program.ended() {
+                let tail = crate::child::tail(program.log(), 15);
+                return Some(format!("{} ended by itself ({status}){tail}", program.name()));
+            }
+        }
+        for node in &mut self.cluster.nodes {
+            if !node.is_running() {
+                return Some(format!(
+                    "{} ended by itself{}",
+                    node.name(),
+                    crate::child::tail(node.log(), 15)
+                ));
+            }
+        }
+        let broker = self.broker.as_mut()?;
+        (!broker.is_running())
+            .then(|| format!("mosquitto ended by itself{}", crate::child::tail(broker.log(), 15)))
+    }
+
+    /// `None` when there is no consumer or it does not answer now.
+    pub(super) async fn consumer_metrics(&self) -> Option<Metrics> {
+        self.consumer.as_ref()?.metrics().await.ok()
+    }
+
+    pub(super) async fn simulator_metrics(&self) -> Option<Metrics> {
+        self.simulator.as_ref()?.metrics().await.ok()
+    }
+
+    pub(super) fn processes(&self) -> Vec<Process> {
+        let nodes = self.cluster.nodes.iter().map(|node| (node.name(), node.pid(), node.port(), node.log()));
+        let broker =
+            self.broker.iter().map(|broker| ("mosquitto", broker.pid(), broker.port(), broker.log()));
+        let programs = [&self.consumer, &self.simulator].into_iter().flatten();
+        let programs = programs.map(|program| (program.name(), program.pid(), program.port(), program.log()));
+        nodes
+            .chain(broker)
+            .chain(programs)
+            .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
+            .collect()
+    }
+
+    /// Stops the servers; our programs are stopped by then.
+    pub(super) async fn stop(mut self) -> anyhow::Result<()> {
+        let mut outcome = Ok(());
+        if let Some(simulator) = &mut self.simulator {
+            outcome = outcome.and(simulator.terminate(SIMULATOR_GRACE).await);
+        }
+        if let Some(consumer) = &mut self.consumer {
+            outcome = outcome.and(consumer.terminate(CONSUMER_GRACE).await);
+        }
+        let (broker, cluster) = tokio::join!(
+            async {
+                match &mut self.broker {
+                    Some(broker) => broker.stop().await,
+                    None => Ok(()),
+                }
+            },
+            self.cluster.stop()
+        );
+        outcome.and(broker).and(cluster)
+    }
+
+    fn environment(&self) -> Vec<(String, String)> {
+        let mut environment = self.cluster.environment();
+        environment.extend(self.broker_environment());
+        environment
+    }
+
+    fn broker_environment(&self) -> Vec<(String, String)> {
+        self.broker.as_ref().map(Mosquitto::environment).unwrap_or_default()
+    }
+}
+
+/// The nodes with the schema and the registry in place, and whether their data is that of an earlier run.
+async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, bool)> {
+    let started = Instant::now();
+    let standbys = usize::from(standby);
+    let options = Options { standbys, settings: Vec::new(), ports: POSTGRES_PORTS.to_vec(), sync: true };
+    let kept = Cluster::exists(dir);
+    let cluster = if kept {
+        Cluster::open(dir, options).await?
+    } else {
+        Cluster::remove(dir)?;
+        Cluster::create(dir, options).await?
+    };
+    for (node, wanted) in cluster.nodes.iter().zip(POSTGRES_PORTS) {
+        if node.port() != wanted {
+            taken(node.name(), wanted, node.port());
+        }
+    }
+    for (index, node) in cluster.nodes.iter().enumerate() {
+        report(node.name(), node.port(), started, if index == 0 { "primary" } else { "synchronous standby" });
+    }
+    let started = Instant::now();
+    let mut db = cluster.connect(Role::Owner).await?;
+    ingest::schema::migrate(&mut db).await?;
+    ingest::registry::fill(&db).await?;
+    say(format!(
+        "  {:<18}{:<24}{:>6.2} s",
+        "schema, registry",
+        "10 sites, 100,000 devices",
+        started.elapsed().as_secs_f64()
+    ));
+    Ok((cluster, kept))
+}
+
+fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
+    let port = Port::near(wanted)?;
+    if port.number() != wanted {
+        taken(name, wanted, port.number());
+    }
+    Ok(port)
+}
+
+fn taken(name: &str, wanted: u16, used: u16) {
+    say(format!("  {name}: port {wanted} is taken, using {used} instead"));
+}
+
+fn report(name: &str, port: u16, started: Instant, note: &str) {
+    let address = format!("127.0.0.1:{port}");
+    say(format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64()));
+}
