@@ -190,7 +190,7 @@ impl Batch {
     /// # Errors
     /// [`WriteError`] says what to do next. The connection must be thrown away after `Retry` and `Unknown`.
     pub async fn commit(&mut self, client: &mut Client, path: Path) -> Result<Committed, WriteError> {
-        if self.len() == 0 {
+        if self.rows.is_empty() && self.letters.is_empty() {
             return Ok(Committed::default());
         }
         let outcome = match path {
