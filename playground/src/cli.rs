@@ -90,9 +90,9 @@ pub struct UpArgs {
     /// Time between two readings of one device [example: 5s]
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub interval: Option<Duration>,
-    /// Messages a second, whatever the interval
-    #[arg(long, value_name = "N")]
-    pub rate: Option<u64>,
+    /// Messages a second, whatever the interval; `max` is as fast as the broker takes them
+    #[arg(long, value_name = "N|max")]
+    pub rate: Option<String>,
     /// MQTT quality of service of the devices: 0 or 1
     #[arg(long, value_name = "0|1", value_parser = clap::value_parser!(u8).range(0..=1))]
     pub qos: Option<u8>,
@@ -111,7 +111,7 @@ pub struct UpArgs {
     /// Plain lines instead of the full-screen view, on a terminal too
     #[arg(long)]
     pub no_ui: bool,
-    /// What follows goes to device-simulator [example: tier0 up -- --set device_simulator.duplicates=0.01]
+    /// What follows goes to device-simulator [example: tier0 up -- --trouble duplicate=0.01]
     #[arg(last = true)]
     pub simulator_args: Vec<String>,
 }

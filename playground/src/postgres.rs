@@ -6,7 +6,7 @@
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
@@ -15,9 +15,9 @@ use tokio::task::JoinSet;
 use tokio_postgres::{Client, Config, NoTls};
 
 use crate::account::{Account, private_file};
-use crate::child::{Child, Reach, Start};
+use crate::child::{Child, POLL, Reach, Start};
 use crate::port::Port;
-use crate::shipped;
+use crate::{procfs, shipped};
 
 pub const DATABASE: &str = "tier0_db";
 /// Crash recovery of a big log takes this long on a slow disk.
@@ -251,6 +251,7 @@ impl Postgres {
         if self.is_running() {
             return Ok(());
         }
+        self.clear_dead_postmaster().await?;
         let start = Start::new(&self.name, shipped::postgres_bin()?.join("postgres"), &self.log)
             .args([std::ffi::OsStr::new("-D"), self.data.as_os_str()])
             .account(self.account.clone());
@@ -381,6 +382,25 @@ impl Postgres {
         &self.passwords
     }
 
+    /// A killed postmaster whose parent was killed too is a zombie until process 1 reaps it, and Postgres takes a zombie
+    /// for a living postmaster. Its lock file may go when nothing is attached to its shared memory any more, which is
+    /// what Postgres itself looks at.
+    async fn clear_dead_postmaster(&self) -> anyhow::Result<()> {
+        let path = self.data.join("postmaster.pid");
+        let Some(lock) = LockFile::read(&path) else { return Ok(()) };
+        if procfs::lives(lock.pid) {
+            return Ok(());
+        }
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while lock.shared_memory.is_some_and(|id| procfs::attached(id) > 0) {
+            if Instant::now() > deadline {
+                bail!("{}: processes of the killed postmaster {} still run", self.name, lock.pid);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+    }
+
     /// Beside the data directory, so that a clone of the data does not carry it along.
     fn passfile(&self) -> PathBuf {
         self.data.with_extension("pgpass")
@@ -397,6 +417,42 @@ impl Postgres {
             .account(self.account.clone())
             .run(Duration::from_secs(600))
             .await
+    }
+}
+
+impl Drop for Postgres {
+    /// A killed postmaster leaves a segment of shared memory behind, which the next start of the same data would free.
+    fn drop(&mut self) {
+        drop(self.child.take());
+        if let Some(LockFile { pid, shared_memory: Some(id) }) =
+            LockFile::read(&self.data.join("postmaster.pid"))
+            && !procfs::lives(pid)
+            && procfs::attached(id) == 0
+        {
+            let removed = std::process::Command::new("ipcrm").args(["-m", &id.to_string()]).output();
+            tracing::debug!(id, ok = removed.is_ok(), "shared memory of a killed postmaster freed");
+        }
+    }
+}
+
+/// What `postmaster.pid` says: the process, and its segment of System V shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct LockFile {
+    pid: i32,
+    shared_memory: Option<i32>,
+}
+
+impl LockFile {
+    fn read(path: &Path) -> Option<Self> {
+        Self::parse(&std::fs::read_to_string(path).ok()?)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let pid = text.lines().next()?.trim().parse().ok()?;
+        // The seventh line is "key id".
+        let shared_memory =
+            text.lines().nth(6).and_then(|line| line.split_ascii_whitespace().nth(1)?.parse().ok());
+        Some(Self { pid, shared_memory })
     }
 }
 
@@ -428,4 +484,17 @@ pub async fn connect(config: &Config) -> anyhow::Result<Db> {
         }
     });
     Ok(Db { client, _driver: driver })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_the_lock_file() {
+        let text = "15322\n/data/region2\n1795260500\n5435\n\n127.0.0.1\n   920382     65536\nready   \n";
+        assert_eq!(LockFile::parse(text), Some(LockFile { pid: 15322, shared_memory: Some(65536) }));
+        assert_eq!(LockFile::parse("15322\n"), Some(LockFile { pid: 15322, shared_memory: None }));
+        assert_eq!(LockFile::parse(""), None);
+    }
 }

@@ -83,6 +83,16 @@ pub fn peak_rss_bytes(pid: i32) -> u64 {
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
 }
 
+/// Processes attached to a segment of System V shared memory. 0 when there is no such segment.
+#[must_use]
+pub fn attached(segment: i32) -> u32 {
+    let table = std::fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
+    // key shmid perms size cpid lpid nattch ..
+    let rows = table.lines().skip(1).map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    let mut rows = rows.filter(|row| row.get(1).is_some_and(|id| id.parse() == Ok(segment)));
+    rows.find_map(|row| row.get(6)?.parse().ok()).unwrap_or(0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

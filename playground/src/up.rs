@@ -94,9 +94,9 @@ async fn session(
     began: Instant,
 ) -> anyhow::Result<ExitCode> {
     let before = stack.consumer_metrics().await;
+    let started = Instant::now();
     stack.start_simulator(home, args).await?;
     home.write_state(&state(stack))?;
-    let started = Instant::now();
     let mut sampler = Sampler::new(started, began, before);
     let end = live(args, stack, interrupts, &mut sampler).await?;
     match &end {

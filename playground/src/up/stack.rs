@@ -74,7 +74,7 @@ impl Stack {
         for (flag, value) in [
             ("--devices", args.devices.map(|n| n.to_string())),
             ("--interval", args.interval.map(|time| format!("{}us", time.as_micros()))),
-            ("--rate", args.rate.map(|n| n.to_string())),
+            ("--rate", args.rate.clone()),
             ("--qos", args.qos.map(|n| n.to_string())),
             ("--seed", args.seed.map(|n| n.to_string())),
         ] {
@@ -82,8 +82,8 @@ impl Stack {
         }
         options.extend(args.simulator_args.iter().cloned());
         let launch = Launch::new("device-simulator").envs(self.broker_environment()).args(options);
-        let mut simulator = launch.start_on(home.data(), port("device-simulator", SIMULATOR_PORT)?).await?;
-        simulator.ready(READY).await?;
+        // Not waited for: publishing starts with its first connection, and the view shows what comes.
+        let simulator = launch.start_on(home.data(), port("device-simulator", SIMULATOR_PORT)?).await?;
         report("device-simulator", simulator.port(), started, "/metrics /health");
         self.simulator = Some(simulator);
         Ok(())
