@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::{self, BenchArgs};
 use crate::home::Home;
 use crate::{commands, up};
 
@@ -56,6 +57,14 @@ Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise,
         #[arg(short, long)]
         follow: bool,
     },
+    /// Measure the pipeline beside the limits of this machine
+    #[command(
+        after_help = "Starts its own servers on free ports; nothing of `up` is touched. Takes about five minutes.
+Examples:
+  tier0 bench
+  tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
+    )]
+    Bench(BenchArgs),
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
         #[arg(default_value = "region1")]
@@ -144,6 +153,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Status => commands::status(&home).await,
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
+            Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
         }

@@ -218,13 +218,14 @@ pub async fn verify(home: &Home, json: bool, file: Option<&Path>) -> anyhow::Res
     let ledger = up::load_ledger(&path)?;
     let nodes = Nodes::find(home).await?;
     let passwords = Cluster::passwords(home.data())?;
+    let scope =
+        home.run()?.map_or(Scope::Everything, |run| Scope::Run { first_transaction: run.first_transaction });
     let deadline = Instant::now() + SETTLE;
     let report = loop {
         let mut findings = Vec::new();
         for (name, port) in nodes.list() {
             let mut db = connect(&connection(port, &passwords, Role::Owner)).await?;
-            let stored =
-                read(&mut db, &ledger, Scope::Run).await.with_context(|| format!("look into {name}"))?;
+            let stored = read(&mut db, &ledger, scope).await.with_context(|| format!("look into {name}"))?;
             findings.push(compare(&name, &ledger, &stored));
         }
         let report = Report::new(&ledger, findings);
