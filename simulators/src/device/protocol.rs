@@ -2,7 +2,7 @@
 //!
 //! Rare packets go through rumqttc's codec. The two that make up all the traffic, PUBLISH out and PUBACK in, are
 //! written and read here, without an allocation. Why rumqttc's event loop is not used: it makes one system call
-//! for every PUBLISH and wakes for every PUBACK (see docs/decisions/device-simulator-own-event-loop.md).
+//! for every PUBLISH and wakes for every PUBACK (see docs/decisions/0004-device-simulator-connection.md).
 
 use std::time::Duration;
 
