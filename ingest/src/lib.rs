@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod partitions;
 pub mod queue;
 pub mod reading;
+pub mod recent;
 pub mod registry;
 pub mod schema;
 pub mod settings;

@@ -9,6 +9,7 @@ use ingest::database::Database;
 use ingest::delivery::Delivery;
 use ingest::partitions::{self, Layout};
 use ingest::reading::Rules;
+use ingest::recent::Recent;
 use ingest::settings::{DatabaseSettings, IngestSettings};
 use ingest::telemetry::{Batch, Path};
 use service::health::Health;
@@ -71,6 +72,7 @@ fn encode(rows: u64, settings: &IngestSettings, now_us: i64) -> Vec<Batch> {
     let rules = Rules { oldest_us, newest_us, max_payload_bytes: 1 << 20 };
     let mut writer = Writer::new(1);
     let mut batches = Vec::new();
+    let mut recent = Recent::default();
     let mut batch = Batch::new("mqtt", rules);
     let received = tokio::time::Instant::now();
     for row in 0..rows {
@@ -82,8 +84,8 @@ fn encode(rows: u64, settings: &IngestSettings, now_us: i64) -> Vec<Batch> {
         writer.reading(&mut text, &device, row / DEVICES, now_us - at);
         let delivery =
             Delivery { topic: Bytes::from(topic), payload: Bytes::from(text), ack: None, received };
-        batch.push(delivery, now_us);
-        if batch.len() >= settings.max_rows {
+        batch.push(delivery, now_us, &mut recent);
+        if batch.parts() >= settings.max_rows {
             batch.seal();
             batches.push(std::mem::replace(&mut batch, Batch::new("mqtt", rules)));
         }
