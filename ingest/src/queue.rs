@@ -33,6 +33,12 @@ impl Level {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Messages and bytes at which the queue is full.
+    #[must_use]
+    pub fn bounds(&self) -> (usize, usize) {
+        (self.max_messages, self.max_bytes)
+    }
+
     fn has_room(&self) -> bool {
         self.messages() < self.max_messages && self.bytes() < self.max_bytes
     }

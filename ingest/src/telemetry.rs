@@ -139,12 +139,6 @@ impl Batch {
         self.fresh.bytes() + self.suspects.bytes()
     }
 
-    /// When the oldest message was received.
-    #[must_use]
-    pub fn oldest(&self) -> Option<Instant> {
-        self.deliveries.first().map(|delivery| delivery.received)
-    }
-
     /// Timestamps of the rows, microseconds since 1970.
     pub fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
         self.fresh.timestamps().chain(self.suspects.timestamps())

@@ -82,15 +82,14 @@ impl Writer {
         let max_bytes = usize::try_from(self.settings.max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut intake = self.queue.intake().await;
         let mut chunk = intake.receiver.recv().await?;
+        let ticket = intake.next_ticket;
+        intake.next_ticket += 1;
+        let oldest = chunk.first().map_or_else(Instant::now, |delivery| delivery.received);
+        self.settlements.begin(ticket, oldest);
+        self.metrics.stage.with_label_values(&["queue"]).observe(oldest.elapsed().as_secs_f64());
         let mut encoding = Duration::ZERO;
         let closed_by = loop {
             let started = Instant::now();
-            if let (true, Some(oldest)) = (batch.is_empty(), chunk.first()) {
-                self.metrics
-                    .stage
-                    .with_label_values(&["queue"])
-                    .observe(oldest.received.elapsed().as_secs_f64());
-            }
             self.metrics.messages.inc_by(chunk.len() as u64);
             let now_us = now_us();
             batch.set_rules(self.rules(now_us));
@@ -113,7 +112,7 @@ impl Writer {
                 chunk = next;
                 continue;
             }
-            let deadline = batch.oldest().unwrap_or(started) + self.settings.max_age;
+            let deadline = oldest + self.settings.max_age;
             match timeout_at(deadline, intake.receiver.recv()).await {
                 Ok(Some(next)) => chunk = next,
                 Ok(None) => break ClosedBy::Drain,
@@ -121,8 +120,6 @@ impl Writer {
             }
         };
         self.metrics.stage.with_label_values(&["encode"]).observe(encoding.as_secs_f64());
-        let ticket = intake.next_ticket;
-        intake.next_ticket += 1;
         Some((ticket, closed_by))
     }
 
