@@ -95,6 +95,7 @@ async fn session(
     interrupts: &mut Interrupts,
     began: Instant,
 ) -> anyhow::Result<ExitCode> {
+    stack.take_leftovers().await?;
     let first_transaction = stored::next_transaction(&*stack.cluster.connect(Role::Owner).await?).await?;
     home.write_run(Run { first_transaction })?;
     let before = stack.consumer_metrics().await;

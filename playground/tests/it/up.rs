@@ -154,6 +154,20 @@ fn every_acknowledged_reading_is_stored_once_on_both_nodes() {
 }
 
 #[test]
+fn what_the_broker_holds_for_an_absent_consumer_is_stored_by_the_next_run() {
+    let tier0 = Tier0::new();
+    let run = |args: &[&str]| tier0.run(&[&["up", "--for", "2s"], &FLEET[..], args].concat());
+    let (output, text) = run(&[]);
+    assert!(output.status.success(), "{text}");
+    let (output, text) = run(&["--without", "mqtt-consumer", "--seed", "2"]);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("lost"), "{text}");
+    let (output, text) = run(&["--seed", "3"]);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("messages of an earlier run were still in the broker"), "{text}");
+}
+
+#[test]
 fn nothing_survives_a_killed_parent() {
     let tier0 = Tier0::new();
     let running = tier0.up(&[]);
