@@ -3,7 +3,7 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build down clean
+.PHONY: up test check install build bench down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -28,6 +28,11 @@ build:
 install:
 	@command -v $(CARGO) >/dev/null || { echo "a Rust toolchain is needed: https://rustup.rs" >&2; exit 1; }
 	@playground/install.sh
+
+# How fast, beside what the machine's parts can do alone; writes target/bench.json.
+bench: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 bench $(ARGS)
 
 # End what `make up` started in another terminal, in order.
 down:
