@@ -1,6 +1,7 @@
 //! What the kernel says of a process: parent, state, processor time, memory. Reads `/proc`, changes nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
 
 /// Clock ticks a second in `/proc/PID/stat`. Fixed at 100 for user space on every Linux we run on.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -109,6 +110,14 @@ pub fn peak_rss_bytes(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Files below `prefix` that the process has mapped into its memory.
+#[must_use]
+pub fn mapped(pid: i32, prefix: &str) -> BTreeSet<PathBuf> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let paths = maps.lines().filter_map(|line| line.find(prefix).and_then(|at| line.get(at..)));
+    paths.map(|path| PathBuf::from(path.trim_end_matches(" (deleted)"))).collect()
 }
 
 /// Processes attached to a segment of System V shared memory. 0 when there is no such segment.

@@ -79,6 +79,7 @@ pub async fn run(home: &Home, args: UpArgs) -> anyhow::Result<ExitCode> {
         drop(stack);
     } else {
         stack.stop().await?;
+        home.delete_old(&lock)?;
     }
     home.write_state(&State::default())?;
     result
