@@ -23,8 +23,9 @@ const ELECTION_LOCK: i64 = 0x7469_6572_3065_6c65;
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
 /// An index of one partition is built within this, or tried again.
 const UPKEEP_TIMEOUT: Duration = Duration::from_secs(600);
-/// Between two looks at the partitions. Far shorter than the time partitions are made ahead.
-const PERIOD: Duration = Duration::from_secs(5);
+/// Between two looks at the partitions: how long a partition whose time has passed waits for its index. Far shorter than
+/// the time partitions are made ahead.
+const PERIOD: Duration = Duration::from_secs(2);
 
 /// One per consumer process.
 #[derive(Debug)]
