@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::bench::{self, BenchArgs};
+use crate::drill::{self, Drill};
 use crate::home::Home;
 use crate::{commands, up};
 
@@ -65,6 +66,11 @@ Examples:
   tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
     )]
     Bench(BenchArgs),
+    /// Break things on purpose under load and check that nothing is lost
+    Drill {
+        #[command(subcommand)]
+        drill: Drill,
+    },
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
         #[arg(default_value = "region1")]
@@ -135,7 +141,7 @@ pub enum Part {
     Region2,
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     humantime_serde::re::humantime::parse_duration(text).map_err(|error| error.to_string())
 }
 
@@ -154,6 +160,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
         }
