@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use deadpool_postgres::Client;
 use futures_util::SinkExt;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::copy;
 use crate::dead_letter::{self, DeadLetter, Reason};
@@ -133,10 +133,11 @@ impl Batch {
         (self.deliveries.len(), self.delivered_bytes)
     }
 
-    /// Encoded bytes so far.
+    /// Bytes of rows and dead letters so far.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.fresh.bytes() + self.suspects.bytes()
+        let letters: usize = self.letters.iter().map(|letter| letter.payload.len()).sum();
+        self.fresh.bytes() + self.suspects.bytes() + letters
     }
 
     /// Timestamps of the rows, microseconds since 1970.
@@ -178,19 +179,25 @@ impl Batch {
     ///
     /// # Errors
     /// [`WriteError`] says what to do next. The connection must be thrown away after `Retry` and `Unknown`.
-    pub async fn commit(&mut self, client: &mut Client, path: Path) -> Result<Committed, WriteError> {
+    pub async fn commit(
+        &mut self,
+        client: &mut Client,
+        path: Path,
+        patience: Duration,
+    ) -> Result<Committed, WriteError> {
         if self.parts() == 0 {
             return Ok(Committed::default());
         }
         let outcome = match path {
-            Path::Fast => self.commit_fast(client).await,
-            Path::Isolate | Path::Merge => self.commit_carefully(client, path).await,
+            Path::Fast => in_time(patience, self.commit_fast(client)).await,
+            // Many steps when many rows are refused: a deadline over all of them would begin again for ever.
+            Path::Isolate | Path::Merge => self.commit_carefully(client, path, patience).await,
         };
         if matches!(
             outcome,
             Err(WriteError::Duplicate | WriteError::MissingPartition | WriteError::Data { .. })
         ) {
-            client.batch_execute("ROLLBACK").await?;
+            in_time(patience, async { Ok(client.batch_execute("ROLLBACK").await?) }).await?;
         }
         outcome
     }
@@ -258,6 +265,11 @@ impl Batch {
     ) -> Result<Committed, WriteError> {
         dead_letter::insert(client, &self.letters).await?;
         dead_letter::insert(client, refused).await?;
+        if rows == 0 {
+            // A transaction that writes nothing does not wait for the standby; yet its duplicates may be rows of an
+            // earlier try that only this machine has. With a record of its own it waits for those too.
+            client.batch_execute("SELECT pg_logical_emit_message(true, 'tier0', 'nothing new')").await?;
+        }
         let copied_at = Instant::now();
         client.batch_execute("COMMIT").await?;
         Ok(Committed {
@@ -266,6 +278,18 @@ impl Batch {
             copied: copied_at.duration_since(started),
             committed: copied_at.elapsed(),
         })
+    }
+}
+
+/// Without an answer in time the connection is to be dropped, not the commit cancelled: a cancelled wait for the standby
+/// would be reported as a success.
+async fn in_time<T>(
+    patience: Duration,
+    step: impl Future<Output = Result<T, WriteError>>,
+) -> Result<T, WriteError> {
+    match timeout(patience, step).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(WriteError::Retry(format!("no answer from Postgres within {patience:?}"))),
     }
 }
 

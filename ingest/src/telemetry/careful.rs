@@ -4,11 +4,13 @@
 //! names, or else in half, until the refused rows stand alone; rows before a named one are known to be good, so the cost
 //! is at most twice that of a good batch however many are refused. A range in which a row is stored already is merged.
 
+use std::time::Duration;
+
 use deadpool_postgres::Client;
 use tokio::time::Instant;
 
 use super::encoded::Encoded;
-use super::{Batch, Committed, Path, slice_of};
+use super::{Batch, Committed, Path, in_time, slice_of};
 use crate::dead_letter::{DeadLetter, Reason};
 use crate::failure::WriteError;
 use crate::reading;
@@ -54,17 +56,18 @@ impl Batch {
         &mut self,
         client: &Client,
         path: Path,
+        patience: Duration,
     ) -> Result<Committed, WriteError> {
         let started = Instant::now();
-        client.batch_execute("BEGIN").await?;
-        let sorted = self.sort_out(client, path).await?;
+        in_time(patience, async { Ok(client.batch_execute("BEGIN").await?) }).await?;
+        let sorted = self.sort_out(client, path, patience).await?;
         let letters: Vec<(usize, DeadLetter)> = sorted
             .refused
             .into_iter()
             .filter_map(|(part, row, message)| self.letter(part, row, message))
             .collect();
         let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
-        let done = self.finish(client, sorted.stored, &letters, started).await?;
+        let done = in_time(patience, self.finish(client, sorted.stored, &letters, started)).await?;
         self.rejected.extend(deliveries.into_iter().map(|delivery| (delivery, Reason::RejectedByDatabase)));
         Ok(done)
     }
@@ -77,7 +80,7 @@ impl Batch {
     }
 
     /// Stores everything that can be stored, in the connection's transaction.
-    async fn sort_out(&self, client: &Client, path: Path) -> Result<Sorted, WriteError> {
+    async fn sort_out(&self, client: &Client, path: Path, patience: Duration) -> Result<Sorted, WriteError> {
         let how = if path == Path::Isolate { How::Copy } else { How::Merge };
         let fresh = Range { part: Part::Fresh, how, from: 0, to: self.fresh.len() };
         let suspects = Range { part: Part::Suspects, how: How::Merge, from: 0, to: self.suspects.len() };
@@ -95,18 +98,16 @@ impl Batch {
             if range.from == range.to {
                 continue;
             }
-            client.batch_execute("SAVEPOINT part").await?;
-            match self.store(client, range).await {
+            match in_time(patience, self.store(client, range)).await {
                 Ok(stored) => {
                     sorted.stored += stored;
-                    client.batch_execute("RELEASE part").await?;
                 }
                 Err(WriteError::Duplicate) if range.how == How::Copy => {
-                    client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
+                    in_time(patience, undo(client)).await?;
                     open.push(Range { how: How::Merge, ..range });
                 }
                 Err(WriteError::Data { message, line }) => {
-                    client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
+                    in_time(patience, undo(client)).await?;
                     let named = line.map(|line| range.from + line).filter(|row| *row < range.to);
                     match named {
                         Some(row) => {
@@ -130,13 +131,16 @@ impl Batch {
 
     async fn store(&self, client: &Client, range: Range) -> Result<usize, WriteError> {
         let rows = self.part(range.part);
-        match range.how {
-            How::Merge => rows.merge(client, range.from, range.to).await,
+        client.batch_execute("SAVEPOINT part").await?;
+        let stored = match range.how {
+            How::Merge => rows.merge(client, range.from, range.to).await?,
             How::Copy => {
                 let copied = rows.copy(client, "device_telemetry", range.from, range.to).await?;
-                Ok(usize::try_from(copied).unwrap_or(usize::MAX))
+                usize::try_from(copied).unwrap_or(usize::MAX)
             }
-        }
+        };
+        client.batch_execute("RELEASE part").await?;
+        Ok(stored)
     }
 
     /// The dead letter of a refused row, and the number of its delivery.
@@ -155,6 +159,11 @@ impl Batch {
         };
         Some((number, letter))
     }
+}
+
+/// Back to before the range that failed.
+async fn undo(client: &Client) -> Result<(), WriteError> {
+    Ok(client.batch_execute("ROLLBACK TO part; RELEASE part").await?)
 }
 
 /// The wall clock at a past moment of the monotonic one, microseconds since 1970.
