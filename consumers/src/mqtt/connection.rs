@@ -275,7 +275,8 @@ mod tests {
     async fn messages_that_come_one_by_one_share_a_piece() {
         const CONNACK: [u8; 5] = [0x20, 3, 0, 0, 0];
         const SUBACK: [u8; 6] = [0x90, 4, 0, 1, 0, 1];
-        const MESSAGES: usize = 500;
+        // Several pieces of READ_BYTES, not the first one alone.
+        const MESSAGES: usize = 2_500;
         // PUBLISH at QoS 0: 404 bytes follow, the topic "t", no properties, 400 bytes of payload.
         let mut message = vec![0x30, 0x94, 0x03, 0, 1, b't', 0];
         message.resize(message.len() + 400, b'x');
@@ -311,6 +312,6 @@ mod tests {
         let apart =
             |pair: &[bytes::Bytes]| pair[1].as_ptr() as usize != pair[0].as_ptr() as usize + message.len();
         let pieces = 1 + held.windows(2).filter(|pair| apart(pair)).count();
-        assert!(pieces <= 2, "{pieces} pieces hold {MESSAGES} messages of {} bytes", message.len());
+        assert!(pieces <= 6, "{pieces} pieces hold {MESSAGES} messages of {} bytes", message.len());
     }
 }
