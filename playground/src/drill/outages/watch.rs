@@ -144,6 +144,10 @@ impl Watch {
     pub(super) async fn until_flowing(&mut self, stage: &mut Stage) -> anyhow::Result<()> {
         let deadline = Instant::now() + READY;
         while self.look(stage).await.settled == 0 {
+            if let Some(status) = stage.simulator.ended() {
+                let tail = crate::child::tail(stage.simulator.log(), 15);
+                bail!("device-simulator ended with {status}{tail}");
+            }
             if Instant::now() > deadline {
                 bail!("no row is committed after {READY:?}{}", crate::child::tail(stage.consumer.log(), 15));
             }
