@@ -1,0 +1,3 @@
+//! The orchestrator: watches, decides, carries out, records.
+
+pub mod store;
