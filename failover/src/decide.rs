@@ -60,6 +60,14 @@ pub struct Rules {
     pub addresses: BTreeMap<Node, Upstream>,
 }
 
+impl Rules {
+    /// Whether a promoted standby will have to wait for somebody from its first commit on.
+    #[must_use]
+    pub fn guards(&self) -> bool {
+        self.copies == Copies::TwoCopies || self.addresses.len() > 2
+    }
+}
+
 /// The most urgent thing to do. Nodes with an order under way are left alone.
 #[must_use]
 pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
@@ -175,6 +183,7 @@ fn way_back(seen: &Seen, upstream: &Upstream, now: Duration, policy: &Policy) ->
             }
             Rejoin::Follow
         }
+        Postmaster::Stopped { settled: false, .. } => return None,
         Postmaster::Stopped { .. } => match &status.control {
             // A primary that crashed has WAL of its own, most likely.
             Some(control) if !control.standby && control.state != "shut down" => Rejoin::Rewind,

@@ -208,6 +208,7 @@ mod tests {
             timeline: 1,
             marker: 0,
             bytes_at_risk: 0,
+            guard: false,
         };
         Operation::new(request, &state)
     }

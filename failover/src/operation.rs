@@ -119,6 +119,8 @@ pub struct Request {
     pub timeline: u32,
     pub marker: u64,
     pub bytes_at_risk: u64,
+    /// See [`Order::Stand`].
+    pub guard: bool,
 }
 
 /// In the journal while under way, in the history afterwards.
@@ -145,6 +147,7 @@ pub struct Operation {
     pub source_lsn: Option<Lsn>,
     pub target_lsn: Option<Lsn>,
     pub bytes_at_risk: u64,
+    pub guard: bool,
     pub marker_before: u64,
     pub marker_after: u64,
     /// From the moment the source was known to be down, or was asked to stop, until the first commit on the target.
@@ -182,6 +185,7 @@ impl Operation {
             source_lsn: None,
             target_lsn: None,
             bytes_at_risk: request.bytes_at_risk,
+            guard: request.guard,
             marker_before: request.marker,
             marker_after: 0,
             write_gap_ms: None,
@@ -433,7 +437,7 @@ async fn repoint<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> 
     };
     let planned = (operation.kind == Kind::Planned).then_some(&operation.source);
     let nodes = operation.standbys.iter().filter(|node| **node != operation.target).chain(planned);
-    let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow };
+    let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
     let answers = join_all(nodes.map(|node| {
         let order = order.clone();
         async move { (node, hands.order(node, epoch, order, SWIFT).await) }
@@ -519,7 +523,7 @@ async fn undo<H: Hands>(hands: &H, state: &mut State, operation: &mut Operation)
         Err(error) => details.push(format!("{} is to be started by the upkeep ({error})", operation.source)),
     }
     if let Some(upstream) = operation.addresses.get(&operation.source) {
-        let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow };
+        let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
         match hands.order(&operation.target, state.epoch, order, SWIFT).await {
             Ok(_) => details.push(format!("{} streams from it", operation.target)),
             Err(error) => {

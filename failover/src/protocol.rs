@@ -64,8 +64,8 @@ pub enum Order {
     /// Run as primary: start when stopped, promote when in recovery. `wait_for` are the standbys each commit waits
     /// for, in force before the first commit; `slots` are the standbys that will stream.
     Lead { wait_for: BTreeSet<Node>, slots: BTreeSet<Node> },
-    /// Run as a standby of `upstream`.
-    Stand { upstream: Upstream, how: Rejoin },
+    /// Run as a standby of `upstream`. `guard`: should it ever lead, its commits wait until it is told for whom.
+    Stand { upstream: Upstream, how: Rejoin, guard: bool },
     /// Stop receiving WAL, and do not start again by itself. Answers with the last position received.
     Detach,
     /// Stop the postmaster and everything below it.
@@ -110,11 +110,9 @@ pub struct Command {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "is", rename_all = "snake_case")]
 pub enum Postmaster {
-    /// Not running. `exit` says how it ended; none when this agent has not run it yet.
-    Stopped {
-        exit: Option<String>,
-        clean: bool,
-    },
+    /// Not running. `exit` says how it ended; none when this agent has not run it yet. `settled`: its last child is
+    /// gone too and the control file was read.
+    Stopped { exit: Option<String>, clean: bool, settled: bool },
     Starting,
     Running,
     Stopping,

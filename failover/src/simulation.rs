@@ -175,7 +175,7 @@ impl World {
                     machine.timeline += 1;
                 }
             }
-            Order::Stand { upstream, how } => {
+            Order::Stand { upstream, how, .. } => {
                 let source = name(upstream.port);
                 let ready = self.machines.get(&source).is_some_and(|s| s.running && !s.standby && !s.frozen);
                 let (log, timeline) = (self.machines[&source].log.clone(), self.machines[&source].timeline);
@@ -283,7 +283,7 @@ impl World {
             postmaster: if machine.running {
                 Postmaster::Running
             } else {
-                Postmaster::Stopped { exit: None, clean: machine.clean }
+                Postmaster::Stopped { exit: None, clean: machine.clean, settled: true }
             },
             upstream: up,
             sample: machine.running.then_some(sample),
@@ -498,6 +498,7 @@ impl Run {
             timeline: 0,
             marker: 0,
             bytes_at_risk: 0,
+            guard: false,
         };
         let (operation, failure) =
             operation::begin(&self.hands, &mut self.state, request, Instant::now()).await?;

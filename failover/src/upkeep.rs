@@ -44,7 +44,7 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
         Action::Rejoin { node, how } => {
             let upstream = rules.addresses.get(&state.primary)?.clone();
             let limit = if *how == Rejoin::Clone { CLONE } else { LONG };
-            Some((node.clone(), Order::Stand { upstream, how: *how }, limit))
+            Some((node.clone(), Order::Stand { upstream, how: *how, guard: rules.guards() }, limit))
         }
         Action::Nothing | Action::Resume | Action::FailOver { .. } => None,
     }
