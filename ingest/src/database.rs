@@ -62,12 +62,17 @@ impl Database {
         let highest = finder.highest_timeline.clone();
         let manager =
             Manager::from_connect(config, finder, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+        let patience = settings.connect_timeout;
         let check = move || {
             let highest = highest.clone();
             Hook::async_fn(move |client: &mut deadpool_postgres::ClientWrapper, _| {
                 let highest = highest.clone();
                 Box::pin(async move {
-                    let standing = standing(client).await.map_err(HookError::Backend)?;
+                    // The pool's own timeouts do not cover hooks: a frozen node would hold the caller for ever.
+                    let standing = timeout(patience, standing(client))
+                        .await
+                        .map_err(|_| HookError::message("the node does not answer"))?
+                        .map_err(HookError::Backend)?;
                     refuse_standby(standing, &highest).map_err(HookError::message)
                 })
             })
@@ -96,7 +101,7 @@ impl Database {
                 Ok(client)
             }
             Err(error) => {
-                let reason = full(&error);
+                let reason = full(&error).trim().to_owned();
                 self.health.down(reason.clone());
                 Err(WriteError::Retry(reason))
             }

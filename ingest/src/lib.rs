@@ -5,6 +5,7 @@
 //! comes twice is one row. Decoding, batches, binary COPY, merge, poison isolation, finding the primary, partitions
 //! and migrations live here. Brokers, HTTP routes and simulators do not: a source is a queue of deliveries.
 
+pub mod backlog;
 pub mod copy;
 pub mod database;
 pub mod dead_letter;
@@ -15,6 +16,7 @@ pub mod metrics;
 pub mod partitions;
 pub mod queue;
 pub mod reading;
+pub mod recent;
 pub mod registry;
 pub mod schema;
 pub mod settings;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Mutex, MutexGuard, Notify, mpsc};
 
 use crate::delivery::Delivery;
+use crate::recent::Recent;
 
 /// How full the queue is. Counts messages taken from the broker and not yet settled by a writer, so that the bound
 /// holds for everything a message occupies until its row is committed.
@@ -30,6 +31,12 @@ impl Level {
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Messages and bytes at which the queue is full.
+    #[must_use]
+    pub fn bounds(&self) -> (usize, usize) {
+        (self.max_messages, self.max_bytes)
     }
 
     fn has_room(&self) -> bool {
@@ -69,6 +76,8 @@ pub struct Receiver {
 pub struct Intake {
     pub receiver: mpsc::UnboundedReceiver<Vec<Delivery>>,
     pub next_ticket: u64,
+    /// What all writers have taken lately.
+    pub recent: Recent,
 }
 
 /// Makes a queue that holds at most about this many messages and bytes: the last chunk a source reads may go over by
@@ -87,7 +96,7 @@ pub fn bounded(max_messages: usize, max_bytes: usize) -> (Sender, Receiver) {
         bytes: AtomicUsize::new(0),
         freed: Notify::new(),
     });
-    let intake = Intake { receiver, next_ticket: 0 };
+    let intake = Intake { receiver, next_ticket: 0, recent: Recent::default() };
     (Sender { sender, level: level.clone() }, Receiver { receiver: Arc::new(Mutex::new(intake)), level })
 }
 

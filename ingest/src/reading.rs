@@ -134,16 +134,20 @@ fn visit_slowly<'a>(
     Ok(())
 }
 
-/// The text of the reading number `n` (from 0) of a message that was visited before: the message, or an element.
+/// The text of the reading of this time in a message that was visited before: the message, or an element. All readings
+/// of a message are of one device, so the time says which.
 #[must_use]
-pub fn nth_part<'a>(topic: &[u8], payload: &'a [u8], rules: &Rules, n: usize) -> &'a [u8] {
-    let part = || {
+pub fn part_at<'a>(topic: &[u8], payload: &'a [u8], rules: &Rules, timestamp_us: i64) -> &'a [u8] {
+    let element = || {
         let topic = Topic::parse(topic).ok()?;
         let elements: Vec<&'a RawValue> = serde_json::from_slice(payload).ok()?;
-        let mut readings = elements.into_iter().filter(|e| checked_element(e.get(), &topic, rules).is_ok());
-        Some(readings.nth(n)?.get().as_bytes())
+        let of_that_time = |element: &&'a RawValue| {
+            checked_element(element.get(), &topic, rules)
+                .is_ok_and(|reading| reading.timestamp_us == timestamp_us)
+        };
+        Some(elements.into_iter().find(of_that_time)?.get().as_bytes())
     };
-    part().unwrap_or(payload)
+    element().unwrap_or(payload)
 }
 
 fn checked_element<'a>(element: &'a str, topic: &Topic<'_>, rules: &Rules) -> Result<Reading<'a>, Rejection> {

@@ -5,8 +5,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::dead_letter::Reason;
 use crate::delivery::Ack;
@@ -26,6 +28,8 @@ struct State {
     /// Reported, but an older ticket is still open.
     early: BTreeMap<u64, Vec<Settled>>,
     ready: VecDeque<Vec<Settled>>,
+    /// When the oldest message of each batch not yet reported was received.
+    open: BTreeMap<u64, Instant>,
     /// Writers still at work.
     writers: usize,
 }
@@ -41,7 +45,8 @@ impl Settlements {
     /// For this many writers, each of which calls [`Settlements::leave`] when it ends.
     #[must_use]
     pub fn new(writers: usize) -> Self {
-        let state = State { next: 0, early: BTreeMap::new(), ready: VecDeque::new(), writers };
+        let state =
+            State { next: 0, early: BTreeMap::new(), ready: VecDeque::new(), open: BTreeMap::new(), writers };
         Self { state: Mutex::new(state), changed: Notify::new() }
     }
 
@@ -49,10 +54,22 @@ impl Settlements {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A batch has been begun; its oldest message was received then.
+    pub fn begin(&self, ticket: u64, oldest: Instant) {
+        self.state().open.insert(ticket, oldest);
+    }
+
+    /// How long the oldest message that is not committed has been here. Zero when all are.
+    #[must_use]
+    pub fn oldest(&self) -> Duration {
+        self.state().open.values().min().map(Instant::elapsed).unwrap_or_default()
+    }
+
     /// Reports a committed batch. Tickets count from 0 without a gap, in the order the batches were taken from the
     /// queue.
     pub fn report(&self, ticket: u64, settled: Vec<Settled>) {
         let mut state = self.state();
+        state.open.remove(&ticket);
         state.early.insert(ticket, settled);
         let mut freed = false;
         while let Some(settled) = {
@@ -104,6 +121,18 @@ impl Settlements {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_open_message_is_known() {
+        let settlements = Settlements::new(1);
+        assert_eq!(settlements.oldest(), Duration::ZERO);
+        settlements.begin(0, Instant::now());
+        tokio::time::advance(Duration::from_secs(3)).await;
+        settlements.begin(1, Instant::now());
+        assert_eq!(settlements.oldest(), Duration::from_secs(3));
+        settlements.report(0, vec![]);
+        assert_eq!(settlements.oldest(), Duration::ZERO);
+    }
 
     fn settled(id: u64) -> Settled {
         Settled { ack: Ack { connection: 1, id }, rejected: None }

@@ -1,13 +1,14 @@
-//! A batch of readings: one COPY buffer, filled as messages are taken from the queue, and its way into the table.
+//! A batch of readings: encoded as messages are taken from the queue, and its way into the table.
 //!
-//! Fast path: plain COPY. When some rows are stored already, or the database refuses some, the same buffer goes
-//! through a temporary table and is merged; refused rows become dead letters in the same transaction.
+//! Fast path: one plain COPY, and a small merge for readings that were seen lately. When the fast path fails because a row
+//! is stored already or refused by the database, `careful` finds the rows at fault and stores the rest.
 
-mod merge;
+mod careful;
+mod encoded;
 
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use deadpool_postgres::Client;
 use futures_util::SinkExt;
 use tokio::time::Instant;
@@ -17,36 +18,30 @@ use crate::dead_letter::{self, DeadLetter, Reason};
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
 use crate::reading::{self, Reading, Rejection, Rules, Visitor};
+use crate::recent::Recent;
 use crate::settlement::Settled;
+use encoded::Encoded;
 
 /// The columns a reading fills, in the order they are encoded.
 const COLUMNS: &str =
     "device_id, device_type, site_id, timestamp_utc, firmware, metrics, status, location, tags";
-const FIELDS: i16 = 9;
 
 /// Readings and refused messages that are committed together.
 #[derive(Debug)]
 pub struct Batch {
     source: &'static str,
+    rules: Rules,
     deliveries: Vec<Delivery>,
-    rows: Vec<Row>,
+    delivered_bytes: usize,
+    /// Readings not seen lately: plain COPY.
+    fresh: Encoded,
+    /// Readings seen lately, probably stored already: merged.
+    suspects: Encoded,
     letters: Vec<DeadLetter>,
     /// Refused parts by the number of their delivery.
     rejected: Vec<(usize, Reason)>,
-    buffer: BytesMut,
-    /// The buffer once the batch is closed, header and trailer included.
-    sealed: Bytes,
-    delivered_bytes: usize,
-    rules: Rules,
-}
-
-/// Where a row is.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Row {
-    /// End of its encoding in the buffer; it starts where the row before ends.
-    end: usize,
-    delivery: usize,
-    timestamp_us: i64,
+    /// The row of `fresh` that made the fast path fail, and the database's words, when it named one.
+    named: Option<(usize, String)>,
 }
 
 /// What a commit did. `copied` until the server had all rows, `committed` from there to the answer to COMMIT.
@@ -61,7 +56,11 @@ pub struct Committed {
 /// Which way a batch goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
+    /// Plain COPY.
     Fast,
+    /// Some row is refused: find it, COPY the rest.
+    Isolate,
+    /// Some row is stored already: everything through a temporary table, duplicates left out.
     Merge,
 }
 
@@ -69,33 +68,28 @@ impl Batch {
     /// An empty batch. `source` goes into dead letters.
     #[must_use]
     pub fn new(source: &'static str, rules: Rules) -> Self {
-        let mut batch = Self {
+        Self {
             source,
+            rules,
             deliveries: Vec::new(),
-            rows: Vec::new(),
+            delivered_bytes: 0,
+            fresh: Encoded::new(),
+            suspects: Encoded::new(),
             letters: Vec::new(),
             rejected: Vec::new(),
-            buffer: BytesMut::new(),
-            sealed: Bytes::new(),
-            delivered_bytes: 0,
-            rules,
-        };
-        batch.clear();
-        batch
+            named: None,
+        }
     }
 
     /// Empties the batch; its memory is kept for the next one.
     pub fn clear(&mut self) {
         self.deliveries.clear();
-        self.rows.clear();
+        self.delivered_bytes = 0;
+        self.fresh.clear();
+        self.suspects.clear();
         self.letters.clear();
         self.rejected.clear();
-        self.delivered_bytes = 0;
-        // The last holder of the buffer gives it back; otherwise a new one is made.
-        let sealed = std::mem::take(&mut self.sealed);
-        self.buffer = sealed.try_into_mut().unwrap_or_else(|_| BytesMut::with_capacity(1 << 20));
-        self.buffer.clear();
-        self.buffer.put_slice(copy::HEADER);
+        self.named = None;
     }
 
     /// The window of accepted times moves with the clock.
@@ -104,16 +98,17 @@ impl Batch {
     }
 
     /// Decodes and encodes one message.
-    pub fn push(&mut self, delivery: Delivery, now_us: i64) {
+    pub fn push(&mut self, delivery: Delivery, now_us: i64, recent: &mut Recent) {
         self.delivered_bytes += delivery.size();
         let mut filling = Filling {
             delivery: &delivery,
             number: self.deliveries.len(),
-            start: (self.rows.len(), self.buffer.len(), self.letters.len(), self.rejected.len()),
+            start: (self.fresh.mark(), self.suspects.mark(), self.letters.len(), self.rejected.len()),
             now_us,
             source: self.source,
-            rows: &mut self.rows,
-            buffer: &mut self.buffer,
+            recent,
+            fresh: &mut self.fresh,
+            suspects: &mut self.suspects,
             letters: &mut self.letters,
             rejected: &mut self.rejected,
         };
@@ -123,8 +118,8 @@ impl Batch {
 
     /// Rows and dead letters.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.rows.len() + self.letters.len()
+    pub fn parts(&self) -> usize {
+        self.fresh.len() + self.suspects.len() + self.letters.len()
     }
 
     #[must_use]
@@ -141,18 +136,12 @@ impl Batch {
     /// Encoded bytes so far.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.buffer.len()
-    }
-
-    /// When the oldest message was received.
-    #[must_use]
-    pub fn oldest(&self) -> Option<Instant> {
-        self.deliveries.first().map(|delivery| delivery.received)
+        self.fresh.bytes() + self.suspects.bytes()
     }
 
     /// Timestamps of the rows, microseconds since 1970.
     pub fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
-        self.rows.iter().map(|row| row.timestamp_us)
+        self.fresh.timestamps().chain(self.suspects.timestamps())
     }
 
     /// Reasons of everything that ended as a dead letter.
@@ -162,8 +151,8 @@ impl Batch {
 
     /// Closes the batch: nothing may be pushed after this until it is cleared.
     pub fn seal(&mut self) {
-        self.buffer.put_slice(copy::TRAILER);
-        self.sealed = self.buffer.split().freeze();
+        self.fresh.seal();
+        self.suspects.seal();
     }
 
     /// What to tell the source, in receipt order. Takes the deliveries out.
@@ -190,12 +179,12 @@ impl Batch {
     /// # Errors
     /// [`WriteError`] says what to do next. The connection must be thrown away after `Retry` and `Unknown`.
     pub async fn commit(&mut self, client: &mut Client, path: Path) -> Result<Committed, WriteError> {
-        if self.len() == 0 {
+        if self.parts() == 0 {
             return Ok(Committed::default());
         }
         let outcome = match path {
             Path::Fast => self.commit_fast(client).await,
-            Path::Merge => self.commit_merged(client).await,
+            Path::Isolate | Path::Merge => self.commit_carefully(client, path).await,
         };
         if matches!(
             outcome,
@@ -206,11 +195,12 @@ impl Batch {
         outcome
     }
 
-    async fn commit_fast(&self, client: &Client) -> Result<Committed, WriteError> {
+    async fn commit_fast(&mut self, client: &Client) -> Result<Committed, WriteError> {
         let started = Instant::now();
-        if self.rows.is_empty() {
+        if self.fresh.is_empty() {
             client.batch_execute("BEGIN").await?;
-            return self.finish(client, Committed::default(), &[], started).await;
+            let rows = self.suspects.merge(client, 0, self.suspects.len()).await?;
+            return self.finish(client, rows, &[], started).await;
         }
         let sql = format!("COPY device_telemetry ({COLUMNS}) FROM STDIN BINARY");
         let statement = client.prepare_cached(&sql).await?;
@@ -219,12 +209,20 @@ impl Batch {
         begun?;
         let sink = sink?;
         futures_util::pin_mut!(sink);
-        for message in copy::messages(self.sealed.clone()) {
-            sink.feed(message).await?;
-        }
-        if !self.letters.is_empty() {
-            let rows = usize::try_from(sink.finish().await?).unwrap_or(usize::MAX);
-            return self.finish(client, Committed { rows, ..Committed::default() }, &[], started).await;
+        let fed = async {
+            for message in copy::messages(self.fresh.sealed()) {
+                sink.feed(message).await?;
+            }
+            Ok::<(), tokio_postgres::Error>(())
+        };
+        // A server that refuses a row stops reading; its reason comes with the end of the COPY.
+        let fed = fed.await;
+        if !self.suspects.is_empty() || !self.letters.is_empty() || fed.is_err() {
+            let rows = sink.finish().await;
+            let rows = self.note_named(rows)?;
+            fed?;
+            let merged = self.suspects.merge(client, 0, self.suspects.len()).await?;
+            return self.finish(client, rows + merged, &[], started).await;
         }
         // COMMIT leaves with the end of the COPY. If the COPY failed, it is a rollback.
         let copy = async {
@@ -232,41 +230,42 @@ impl Batch {
             (rows, Instant::now())
         };
         let ((rows, copied_at), committed) = tokio::join!(copy, client.batch_execute("COMMIT"));
-        let rows = usize::try_from(rows?).unwrap_or(usize::MAX);
+        let rows = self.note_named(rows)?;
         committed?;
-        Ok(Committed {
-            rows,
-            duplicates: 0,
-            copied: copied_at.duration_since(started),
-            committed: copied_at.elapsed(),
-        })
+        let copied = copied_at.duration_since(started);
+        Ok(Committed { rows, duplicates: 0, copied, committed: copied_at.elapsed() })
     }
 
-    /// Dead letters, then COMMIT.
+    /// Remembers which row the database refused.
+    fn note_named(&mut self, rows: Result<u64, tokio_postgres::Error>) -> Result<usize, WriteError> {
+        let error = match rows {
+            Ok(rows) => return Ok(usize::try_from(rows).unwrap_or(usize::MAX)),
+            Err(error) => WriteError::from(error),
+        };
+        if let WriteError::Data { message, line: Some(line) } = &error {
+            self.named = Some((*line, message.clone()));
+        }
+        Err(error)
+    }
+
+    /// After the rows: the dead letters, those of `refused` rows too, then COMMIT.
     async fn finish(
         &self,
         client: &Client,
-        mut done: Committed,
-        more_letters: &[DeadLetter],
+        rows: usize,
+        refused: &[DeadLetter],
         started: Instant,
     ) -> Result<Committed, WriteError> {
         dead_letter::insert(client, &self.letters).await?;
-        dead_letter::insert(client, more_letters).await?;
+        dead_letter::insert(client, refused).await?;
         let copied_at = Instant::now();
         client.batch_execute("COMMIT").await?;
-        done.copied = copied_at.duration_since(started);
-        done.committed = copied_at.elapsed();
-        Ok(done)
-    }
-
-    /// The encoded rows `from..to` as one complete COPY.
-    fn slice(&self, from: usize, to: usize) -> Bytes {
-        let start = from
-            .checked_sub(1)
-            .and_then(|before| self.rows.get(before))
-            .map_or(copy::HEADER.len(), |row| row.end);
-        let end = to.checked_sub(1).and_then(|last| self.rows.get(last)).map_or(start, |row| row.end);
-        self.sealed.slice(start..end)
+        Ok(Committed {
+            rows,
+            duplicates: self.fresh.len() + self.suspects.len() - rows - refused.len(),
+            copied: copied_at.duration_since(started),
+            committed: copied_at.elapsed(),
+        })
     }
 }
 
@@ -275,39 +274,24 @@ struct Filling<'b> {
     delivery: &'b Delivery,
     number: usize,
     /// Lengths of everything before this delivery.
-    start: (usize, usize, usize, usize),
+    start: (encoded::Mark, encoded::Mark, usize, usize),
     now_us: i64,
     source: &'static str,
-    rows: &'b mut Vec<Row>,
-    buffer: &'b mut BytesMut,
+    recent: &'b mut Recent,
+    fresh: &'b mut Encoded,
+    suspects: &'b mut Encoded,
     letters: &'b mut Vec<DeadLetter>,
     rejected: &'b mut Vec<(usize, Reason)>,
 }
 
 impl<'a> Visitor<'a> for Filling<'_> {
     fn reading(&mut self, reading: &Reading<'a>) {
-        let buffer = &mut *self.buffer;
-        copy::row(buffer, FIELDS);
-        copy::text(buffer, &reading.device_id);
-        copy::text(buffer, &reading.device_type);
-        copy::text(buffer, &reading.site_id);
-        copy::timestamptz(buffer, reading.timestamp_us);
-        match &reading.firmware {
-            Some(firmware) => copy::text(buffer, firmware),
-            None => copy::null(buffer),
-        }
-        copy::jsonb(buffer, reading.metrics);
-        for document in [reading.status, reading.location, reading.tags] {
-            match document {
-                Some(document) => copy::jsonb(buffer, document),
-                None => copy::null(buffer),
-            }
-        }
-        self.rows.push(Row {
-            end: self.buffer.len(),
-            delivery: self.number,
-            timestamp_us: reading.timestamp_us,
-        });
+        let rows = if self.recent.seen(&reading.device_id, reading.timestamp_us) {
+            &mut *self.suspects
+        } else {
+            &mut *self.fresh
+        };
+        rows.push(reading, self.number);
     }
 
     fn rejected(&mut self, part: &'a [u8], rejection: Rejection) {
@@ -317,16 +301,21 @@ impl<'a> Visitor<'a> for Filling<'_> {
             topic: self.delivery.topic.clone(),
             reason: rejection.reason,
             error: rejection.error,
-            payload: self.delivery.payload.slice_ref(part),
+            payload: slice_of(&self.delivery.payload, part),
         });
         self.rejected.push((self.number, rejection.reason));
     }
 
     fn restart(&mut self) {
-        let (rows, bytes, letters, rejected) = self.start;
-        self.rows.truncate(rows);
-        self.buffer.truncate(bytes);
+        let (fresh, suspects, letters, rejected) = self.start;
+        self.fresh.truncate(fresh);
+        self.suspects.truncate(suspects);
         self.letters.truncate(letters);
         self.rejected.truncate(rejected);
     }
+}
+
+/// A part of a payload as bytes of its own, sharing its memory.
+fn slice_of(payload: &Bytes, part: &[u8]) -> Bytes {
+    if part.is_empty() { Bytes::new() } else { payload.slice_ref(part) }
 }

@@ -151,7 +151,9 @@ mod tests {
     proptest! {
         #[test]
         fn never_panics(bytes in prop::collection::vec(any::<u8>(), 0..40)) {
-            let _ = parse(&bytes);
+            if let Some(us) = parse(&bytes) {
+                prop_assert!(us.abs() < 300_000_000_000 * MICROS_PER_SECOND);
+            }
         }
 
         #[test]

@@ -59,7 +59,7 @@ impl Writer {
         let mut batch = Batch::new(self.source, self.rules(now_us()));
         while let Some((ticket, closed_by)) = self.fill(&mut batch).await {
             self.metrics.batches.with_label_values(&[closed_by.as_str()]).inc();
-            self.metrics.batch_rows.observe(batch.len() as f64);
+            self.metrics.batch_rows.observe(batch.parts() as f64);
             batch.seal();
             let committed = self.commit(&mut batch).await;
             self.count(&batch, &committed);
@@ -82,27 +82,26 @@ impl Writer {
         let max_bytes = usize::try_from(self.settings.max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut intake = self.queue.intake().await;
         let mut chunk = intake.receiver.recv().await?;
+        let ticket = intake.next_ticket;
+        intake.next_ticket += 1;
+        let oldest = chunk.first().map_or_else(Instant::now, |delivery| delivery.received);
+        self.settlements.begin(ticket, oldest);
+        self.metrics.stage.with_label_values(&["queue"]).observe(oldest.elapsed().as_secs_f64());
         let mut encoding = Duration::ZERO;
         let closed_by = loop {
             let started = Instant::now();
-            if let (true, Some(oldest)) = (batch.is_empty(), chunk.first()) {
-                self.metrics
-                    .stage
-                    .with_label_values(&["queue"])
-                    .observe(oldest.received.elapsed().as_secs_f64());
-            }
             self.metrics.messages.inc_by(chunk.len() as u64);
             let now_us = now_us();
             batch.set_rules(self.rules(now_us));
-            let before = batch.len();
+            let before = batch.parts();
             for delivery in chunk {
-                batch.push(delivery, now_us);
+                batch.push(delivery, now_us, &mut intake.recent);
             }
-            let decoded = batch.len() - before;
+            let decoded = batch.parts() - before;
             self.metrics.rows_received.inc_by(decoded as u64);
             self.metrics.rows_in_flight.add(i64::try_from(decoded).unwrap_or(i64::MAX));
             encoding += started.elapsed();
-            if batch.len() >= self.settings.max_rows {
+            if batch.parts() >= self.settings.max_rows {
                 break ClosedBy::Rows;
             }
             if batch.bytes() >= max_bytes {
@@ -113,7 +112,7 @@ impl Writer {
                 chunk = next;
                 continue;
             }
-            let deadline = batch.oldest().unwrap_or(started) + self.settings.max_age;
+            let deadline = oldest + self.settings.max_age;
             match timeout_at(deadline, intake.receiver.recv()).await {
                 Ok(Some(next)) => chunk = next,
                 Ok(None) => break ClosedBy::Drain,
@@ -121,8 +120,6 @@ impl Writer {
             }
         };
         self.metrics.stage.with_label_values(&["encode"]).observe(encoding.as_secs_f64());
-        let ticket = intake.next_ticket;
-        intake.next_ticket += 1;
         Some((ticket, closed_by))
     }
 
@@ -136,7 +133,7 @@ impl Writer {
                 Ok(committed) => {
                     if let Some(since) = failing_since {
                         let since: Instant = since;
-                        tracing::info!(after = ?since.elapsed(), rows = batch.len(), "batch committed at last");
+                        tracing::info!(after = ?since.elapsed(), rows = batch.parts(), "batch committed at last");
                     }
                     return committed;
                 }
@@ -151,7 +148,7 @@ impl Writer {
                 WriteError::Data { message, .. } if path == Path::Fast => {
                     tracing::warn!(error = message, "the database refuses a row; isolating it");
                     self.metrics.isolations.inc();
-                    path = Path::Merge;
+                    path = Path::Isolate;
                     continue;
                 }
                 WriteError::MissingPartition => match self.make_partitions(batch).await {
@@ -161,11 +158,11 @@ impl Writer {
                 },
                 WriteError::Unknown(_) | WriteError::Data { .. } => {
                     self.metrics.unknown_errors.inc();
-                    tracing::error!(%error, rows = batch.len(), "an error nobody has classified; trying again");
+                    tracing::error!(%error, rows = batch.parts(), "an error nobody has classified; trying again");
                 }
                 error => {
                     if failing_since.is_none() {
-                        tracing::warn!(%error, rows = batch.len(), "not committed; trying until it is");
+                        tracing::warn!(%error, rows = batch.parts(), "not committed; trying until it is");
                     }
                 }
             }

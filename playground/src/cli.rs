@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::{self, BenchArgs};
 use crate::home::Home;
 use crate::{commands, up};
 
@@ -56,6 +57,14 @@ Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise,
         #[arg(short, long)]
         follow: bool,
     },
+    /// Measure the pipeline beside the limits of this machine
+    #[command(
+        after_help = "Starts its own servers on free ports; nothing of `up` is touched. Takes about five minutes.
+Examples:
+  tier0 bench
+  tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
+    )]
+    Bench(BenchArgs),
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
         #[arg(default_value = "region1")]
@@ -90,9 +99,9 @@ pub struct UpArgs {
     /// Time between two readings of one device [example: 5s]
     #[arg(long, value_name = "TIME", value_parser = time)]
     pub interval: Option<Duration>,
-    /// Messages a second, whatever the interval
-    #[arg(long, value_name = "N")]
-    pub rate: Option<u64>,
+    /// Messages a second, whatever the interval; `max` is as fast as the broker takes them
+    #[arg(long, value_name = "N|max")]
+    pub rate: Option<String>,
     /// MQTT quality of service of the devices: 0 or 1
     #[arg(long, value_name = "0|1", value_parser = clap::value_parser!(u8).range(0..=1))]
     pub qos: Option<u8>,
@@ -111,7 +120,7 @@ pub struct UpArgs {
     /// Plain lines instead of the full-screen view, on a terminal too
     #[arg(long)]
     pub no_ui: bool,
-    /// What follows goes to device-simulator [example: tier0 up -- --set device_simulator.duplicates=0.01]
+    /// What follows goes to device-simulator [example: tier0 up -- --trouble duplicate=0.01]
     #[arg(last = true)]
     pub simulator_args: Vec<String>,
 }
@@ -144,6 +153,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Status => commands::status(&home).await,
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
+            Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
         }

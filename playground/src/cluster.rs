@@ -101,6 +101,18 @@ impl Cluster {
     /// # Errors
     /// When a step fails; the message names it and holds the end of the server's log.
     pub async fn create(dir: &Path, options: Options) -> anyhow::Result<Self> {
+        Self::create_filled(dir, options, async |_| Ok(())).await
+    }
+
+    /// As [`Cluster::create`]; `fill` gets the owner's way to `tier0_db` and works while the standbys are cloned.
+    ///
+    /// # Errors
+    /// As [`Cluster::create`], and those of `fill`.
+    pub async fn create_filled(
+        dir: &Path,
+        options: Options,
+        fill: impl AsyncFnOnce(tokio_postgres::Config) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
         let passwords = Passwords::random()?;
         let mut cluster = Self { nodes: nodes(dir, &options, &passwords)?, options };
         let sync = cluster.options.sync;
@@ -109,7 +121,8 @@ impl Cluster {
         cluster.configure()?;
         cluster.primary_mut().start().await?;
         create_roles(cluster.primary(), &passwords).await?;
-        cluster.clone_standbys(&[]).await?;
+        let owner = cluster.primary().config(Role::Owner);
+        tokio::try_join!(cluster.clone_standbys(&[]), fill(owner))?;
         cluster.require_standbys().await?;
         // Last: its presence says that the cluster is complete.
         let text = serde_json::to_string(&passwords).context("write the passwords")?;

@@ -11,7 +11,7 @@ use tokio::process::Command;
 
 use crate::cli::say;
 use crate::cluster::{Cluster, Options, connection};
-use crate::home::{Home, Process};
+use crate::home::{Home, Lock, Process};
 use crate::postgres::{Postgres, Role, connect};
 use crate::verify::stored::{Scope, read};
 use crate::verify::{Report, compare};
@@ -135,12 +135,12 @@ fn log_names(home: &Home) -> anyhow::Result<Vec<String>> {
 /// The nodes: those that run, or, when none does, started for as long as this lives.
 enum Nodes {
     Running(Vec<(String, u16)>),
-    Own(Cluster),
+    Own(Cluster, Lock),
 }
 
 impl Nodes {
     async fn find(home: &Home) -> anyhow::Result<Self> {
-        let Some(_lock) = home.lock()? else {
+        let Some(lock) = home.lock()? else {
             let state = home.state()?;
             let nodes = state.processes.iter().filter(|process| process.name.starts_with("region"));
             let nodes: Vec<_> = nodes.map(|process| (process.name.clone(), process.port)).collect();
@@ -153,15 +153,14 @@ impl Nodes {
             bail!("there is no data in {}: tier0 up makes some", home.data().display());
         }
         let standbys = usize::from(home.data().join("region2/PG_VERSION").is_file());
-        Ok(Self::Own(
-            Cluster::open(home.data(), Options { standbys, sync: true, ..Options::default() }).await?,
-        ))
+        let options = Options { standbys, sync: true, ..Options::default() };
+        Ok(Self::Own(Cluster::open(home.data(), options).await?, lock))
     }
 
     fn list(&self) -> Vec<(String, u16)> {
         match self {
             Self::Running(nodes) => nodes.clone(),
-            Self::Own(cluster) => {
+            Self::Own(cluster, _) => {
                 cluster.nodes.iter().map(|node: &Postgres| (node.name().to_owned(), node.port())).collect()
             }
         }
@@ -170,7 +169,7 @@ impl Nodes {
     async fn stop(self) -> anyhow::Result<()> {
         match self {
             Self::Running(_) => Ok(()),
-            Self::Own(mut cluster) => cluster.stop().await,
+            Self::Own(mut cluster, _lock) => cluster.stop().await,
         }
     }
 }
@@ -218,18 +217,19 @@ pub async fn verify(home: &Home, json: bool, file: Option<&Path>) -> anyhow::Res
     let ledger = up::load_ledger(&path)?;
     let nodes = Nodes::find(home).await?;
     let passwords = Cluster::passwords(home.data())?;
+    let scope =
+        home.run()?.map_or(Scope::Everything, |run| Scope::Run { first_transaction: run.first_transaction });
     let deadline = Instant::now() + SETTLE;
     let report = loop {
         let mut findings = Vec::new();
         for (name, port) in nodes.list() {
             let mut db = connect(&connection(port, &passwords, Role::Owner)).await?;
-            let stored =
-                read(&mut db, &ledger, Scope::Run).await.with_context(|| format!("look into {name}"))?;
+            let stored = read(&mut db, &ledger, scope).await.with_context(|| format!("look into {name}"))?;
             findings.push(compare(&name, &ledger, &stored));
         }
         let report = Report::new(&ledger, findings);
         // While it runs, what the snapshot counts may not be committed yet, and the standby replays a little later.
-        if report.holds() || Instant::now() > deadline || matches!(nodes, Nodes::Own(_)) {
+        if report.holds() || Instant::now() > deadline || matches!(nodes, Nodes::Own(..)) {
             break report;
         }
         tokio::time::sleep(Duration::from_millis(200)).await;

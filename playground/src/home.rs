@@ -30,6 +30,13 @@ pub struct State {
     pub processes: Vec<Process>,
 }
 
+/// What the verification of a run must know beside the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Rows of earlier runs were written by earlier transactions.
+    pub first_transaction: u32,
+}
+
 /// One process and how to know it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
@@ -123,6 +130,25 @@ impl Home {
                 .with_context(|| format!("delete {}", path.display()))?;
         }
         Ok(())
+    }
+
+    /// The last run, if there was one on this data.
+    ///
+    /// # Errors
+    /// When the file is not ours.
+    pub fn run(&self) -> anyhow::Result<Option<Run>> {
+        match std::fs::read_to_string(self.data.join("run.json")) {
+            Ok(text) => serde_json::from_str(&text).map(Some).context("read run.json"),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).context("read run.json"),
+        }
+    }
+
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_run(&self, run: Run) -> anyhow::Result<()> {
+        let text = serde_json::to_string(&run).context("write run.json")?;
+        std::fs::write(self.data.join("run.json"), text).context("write run.json")
     }
 
     /// What runs, as last written.

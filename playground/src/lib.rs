@@ -9,6 +9,7 @@
 //! start it with [`child::Start`], wait for it with a request of its own protocol ([`child::Child::until`]).
 
 pub mod account;
+pub mod bench;
 pub mod child;
 pub mod cli;
 pub mod cluster;

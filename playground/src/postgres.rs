@@ -4,109 +4,29 @@
 //! switched off: fsync and full page writes stay on, in tests too. How nodes form a primary with standbys is
 //! [`crate::cluster`].
 
-use std::ops::Deref;
+mod connection;
+mod lock_file;
+
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
-use serde::{Deserialize, Serialize};
-use tokio::task::JoinSet;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::Config;
 
 use crate::account::{Account, private_file};
-use crate::child::{Child, Reach, Start};
+use crate::child::{Child, POLL, Reach, Start};
 use crate::port::Port;
-use crate::shipped;
+use crate::{procfs, shipped};
+pub(crate) use connection::config;
+pub use connection::{Db, Passwords, Role, connect};
+use lock_file::LockFile;
 
 pub const DATABASE: &str = "tier0_db";
 /// Crash recovery of a big log takes this long on a slow disk.
 const READY: Duration = Duration::from_secs(120);
-const CONNECT: Duration = Duration::from_secs(5);
 /// A fast shutdown writes a checkpoint.
 const STOP: Duration = Duration::from_secs(60);
-
-/// Who connects.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// The superuser, for setting things up and for looking into the server.
-    Admin,
-    /// `tier0`: owner of the database, what our processes use. Not a superuser.
-    Owner,
-    /// Streams WAL.
-    Replicator,
-}
-
-impl Role {
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Admin => "postgres",
-            Self::Owner => "tier0",
-            Self::Replicator => "replicator",
-        }
-    }
-}
-
-/// Passwords of one playground, made when its data directory is made.
-#[derive(Clone, Serialize, Deserialize)]
-pub struct Passwords {
-    admin: String,
-    owner: String,
-    replicator: String,
-}
-
-impl Passwords {
-    /// # Errors
-    /// When the kernel gives no random bytes.
-    pub fn random() -> anyhow::Result<Self> {
-        Ok(Self { admin: random_word()?, owner: random_word()?, replicator: random_word()? })
-    }
-
-    #[must_use]
-    pub fn of(&self, role: Role) -> &str {
-        match role {
-            Role::Admin => &self.admin,
-            Role::Owner => &self.owner,
-            Role::Replicator => &self.replicator,
-        }
-    }
-}
-
-impl std::fmt::Debug for Passwords {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Passwords(<hidden>)")
-    }
-}
-
-fn random_word() -> anyhow::Result<String> {
-    use std::io::Read;
-    let mut bytes = [0_u8; 16];
-    std::fs::File::open("/dev/urandom")
-        .and_then(|mut file| file.read_exact(&mut bytes))
-        .context("read /dev/urandom")?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-/// A connection and the task that drives it; both end when it is dropped.
-#[derive(Debug)]
-pub struct Db {
-    client: Client,
-    _driver: JoinSet<()>,
-}
-
-impl Deref for Db {
-    type Target = Client;
-    fn deref(&self) -> &Client {
-        &self.client
-    }
-}
-
-impl std::ops::DerefMut for Db {
-    fn deref_mut(&mut self) -> &mut Client {
-        &mut self.client
-    }
-}
 
 /// One node, running or not.
 #[derive(Debug)]
@@ -251,6 +171,7 @@ impl Postgres {
         if self.is_running() {
             return Ok(());
         }
+        self.clear_dead_postmaster().await?;
         let start = Start::new(&self.name, shipped::postgres_bin()?.join("postgres"), &self.log)
             .args([std::ffi::OsStr::new("-D"), self.data.as_os_str()])
             .account(self.account.clone());
@@ -381,6 +302,25 @@ impl Postgres {
         &self.passwords
     }
 
+    /// A killed postmaster whose parent was killed too is a zombie until process 1 reaps it, and Postgres takes a zombie
+    /// for a living postmaster. Its lock file may go when nothing is attached to its shared memory any more, which is
+    /// what Postgres itself looks at.
+    async fn clear_dead_postmaster(&self) -> anyhow::Result<()> {
+        let path = self.data.join("postmaster.pid");
+        let Some(lock) = LockFile::read(&path) else { return Ok(()) };
+        if procfs::lives(lock.pid) {
+            return Ok(());
+        }
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while lock.shared_memory.is_some_and(|id| procfs::attached(id) > 0) {
+            if Instant::now() > deadline {
+                bail!("{}: processes of the killed postmaster {} still run", self.name, lock.pid);
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+    }
+
     /// Beside the data directory, so that a clone of the data does not carry it along.
     fn passfile(&self) -> PathBuf {
         self.data.with_extension("pgpass")
@@ -400,32 +340,17 @@ impl Postgres {
     }
 }
 
-pub(crate) fn config(port: u16, passwords: &Passwords, role: Role, database: &str) -> Config {
-    let mut config = Config::new();
-    config
-        .host("127.0.0.1")
-        .port(port)
-        .user(role.name())
-        .password(passwords.of(role))
-        .dbname(database)
-        .application_name("playground")
-        .connect_timeout(CONNECT);
-    config
-}
-
-/// Opens a connection within 5 s in all: `connect_timeout` covers TCP only, and a frozen server accepts TCP.
-///
-/// # Errors
-/// When the server refuses or does not answer.
-pub async fn connect(config: &Config) -> anyhow::Result<Db> {
-    let (client, connection) = tokio::time::timeout(CONNECT, config.connect(NoTls))
-        .await
-        .with_context(|| format!("no answer within {CONNECT:?}"))??;
-    let mut driver = JoinSet::new();
-    driver.spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "database connection ended");
+impl Drop for Postgres {
+    /// A killed postmaster leaves a segment of shared memory behind, which the next start of the same data would free.
+    fn drop(&mut self) {
+        drop(self.child.take());
+        if let Some(LockFile { pid, shared_memory: Some(id) }) =
+            LockFile::read(&self.data.join("postmaster.pid"))
+            && !procfs::lives(pid)
+            && procfs::attached(id) == 0
+        {
+            let removed = std::process::Command::new("ipcrm").args(["-m", &id.to_string()]).output();
+            tracing::debug!(id, ok = removed.is_ok(), "shared memory of a killed postmaster freed");
         }
-    });
-    Ok(Db { client, _driver: driver })
+    }
 }

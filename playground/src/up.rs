@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use crate::cli::{UpArgs, say};
-use crate::home::{Home, Process, State};
+use crate::home::{Home, Process, Run, State};
+use crate::postgres::Role;
+use crate::verify::stored;
 pub(crate) use finish::load_file as load_ledger;
 use interrupt::Interrupts;
 use sample::{Sample, Sampler};
@@ -93,10 +95,13 @@ async fn session(
     interrupts: &mut Interrupts,
     began: Instant,
 ) -> anyhow::Result<ExitCode> {
+    stack.take_leftovers().await?;
+    let first_transaction = stored::next_transaction(&*stack.cluster.connect(Role::Owner).await?).await?;
+    home.write_run(Run { first_transaction })?;
     let before = stack.consumer_metrics().await;
+    let started = Instant::now();
     stack.start_simulator(home, args).await?;
     home.write_state(&state(stack))?;
-    let started = Instant::now();
     let mut sampler = Sampler::new(started, began, before);
     let end = live(args, stack, interrupts, &mut sampler).await?;
     match &end {

@@ -4,15 +4,15 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::Parser;
-use consumers::mqtt::metrics::{QueueCollector, SourceMetrics};
+use consumers::mqtt::metrics::SourceMetrics;
 use consumers::mqtt::settings::MqttConsumerSettings;
 use consumers::mqtt::source::Source;
 use ingest::database::Database;
 use ingest::maintenance::Maintenance;
 use ingest::metrics::Metrics;
-use ingest::queue;
 use ingest::settlement::Settlements;
 use ingest::writer::Writer;
+use ingest::{backlog, queue};
 use prometheus::Registry;
 use service::health::Health;
 use service::process::Process;
@@ -66,8 +66,8 @@ fn start_pipeline(
     let database = Database::new(&settings.database, ingest.writers + 1, health.dependency("postgres"))?;
     let bytes = usize::try_from(ingest.queue_bytes.as_u64())?;
     let (sender, receiver) = queue::bounded(ingest.queue_messages, bytes);
-    registry.register(Box::new(QueueCollector::new(sender.level())?))?;
     let settlements = Arc::new(Settlements::new(ingest.writers));
+    backlog::export(registry, sender.level(), settlements.clone())?;
     let maintenance = Maintenance {
         database: database.clone(),
         settings: ingest.clone(),

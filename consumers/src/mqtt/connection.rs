@@ -50,8 +50,9 @@ pub enum ConnectionError {
     Unexpected(&'static str),
 }
 
-/// What the broker sent.
+/// What the broker sent. Nearly every one is a Publish, so boxing it would only add an allocation per message.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "the large variant is the common one")]
 pub enum Incoming {
     Publish(Publish),
     Subscribed,
@@ -157,7 +158,7 @@ impl Connection {
     ///
     /// # Errors
     /// When the broker breaks the protocol or ends the connection.
-    pub fn next(&mut self) -> Result<Option<Incoming>, ConnectionError> {
+    pub fn parse(&mut self) -> Result<Option<Incoming>, ConnectionError> {
         let packet = match Packet::read(&mut self.incoming, Some(self.max_packet)) {
             Ok(packet) => packet,
             Err(mqttbytes::Error::InsufficientBytes(more)) => {

@@ -1,10 +1,5 @@
 //! What the MQTT source exports beside `ingest`'s series.
 
-use std::sync::Arc;
-
-use ingest::queue::Level;
-use prometheus::core::{Collector, Desc};
-use prometheus::proto::MetricFamily;
 use prometheus::{IntCounter, IntGauge, Registry};
 
 #[derive(Debug, Clone)]
@@ -39,42 +34,5 @@ impl SourceMetrics {
         registry.register(Box::new(metrics.paused.clone()))?;
         registry.register(Box::new(metrics.stale_acknowledgements.clone()))?;
         Ok(metrics)
-    }
-}
-
-/// The queue's level, read when Prometheus asks.
-pub struct QueueCollector {
-    level: Arc<Level>,
-    messages: IntGauge,
-    bytes: IntGauge,
-}
-
-impl QueueCollector {
-    /// # Errors
-    /// When a name is not valid.
-    pub fn new(level: Arc<Level>) -> Result<Self, prometheus::Error> {
-        Ok(Self {
-            level,
-            messages: IntGauge::new(
-                "ingest_queue_messages",
-                "Messages taken from the broker and not yet settled",
-            )?,
-            bytes: IntGauge::new(
-                "ingest_queue_bytes",
-                "Bytes of messages taken from the broker and not yet settled",
-            )?,
-        })
-    }
-}
-
-impl Collector for QueueCollector {
-    fn desc(&self) -> Vec<&Desc> {
-        self.messages.desc().into_iter().chain(self.bytes.desc()).collect()
-    }
-
-    fn collect(&self) -> Vec<MetricFamily> {
-        self.messages.set(i64::try_from(self.level.messages()).unwrap_or(i64::MAX));
-        self.bytes.set(i64::try_from(self.level.bytes()).unwrap_or(i64::MAX));
-        self.messages.collect().into_iter().chain(self.bytes.collect()).collect()
     }
 }

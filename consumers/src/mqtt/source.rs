@@ -186,7 +186,7 @@ impl Source {
         let mut confirmed = false;
         let mut chunk = Vec::new();
         let outcome = loop {
-            match connection.next() {
+            match connection.parse() {
                 Ok(Some(Incoming::Publish(publish))) => {
                     let ack = (publish.qos != QoS::AtMostOnce)
                         .then(|| Ack { connection: generation, id: u64::from(publish.pkid) });
@@ -199,10 +199,10 @@ impl Source {
             }
         };
         // While draining nothing is read, so there is a queue whenever there is something to put into it.
-        if let (false, Some(queue)) = (chunk.is_empty(), queue) {
-            if !queue.send(chunk) {
-                return Err(ConnectionError::Unexpected("end of the writers"));
-            }
+        if let (false, Some(queue)) = (chunk.is_empty(), queue)
+            && !queue.send(chunk)
+        {
+            return Err(ConnectionError::Unexpected("end of the writers"));
         }
         outcome
     }

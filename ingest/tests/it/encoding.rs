@@ -37,7 +37,7 @@ fn text() -> impl Strategy<Value = String> {
 
 #[tokio::test]
 async fn any_document_is_stored_as_it_was_sent() {
-    let fixture = Fixture::new(Options::alone()).await;
+    let mut fixture = Fixture::new(Options::alone()).await;
     let mut runner = TestRunner::new_with_rng(
         Config::default(),
         TestRng::from_seed(
@@ -68,7 +68,10 @@ async fn any_document_is_stored_as_it_was_sent() {
     documents.push(format!(r#"{{"deep":{}1{}}}"#, "[".repeat(400), "]".repeat(400)));
     let mut batch = fixture.batch();
     for (number, document) in documents.iter().enumerate() {
-        batch.push(fixture.delivery(number, 0, document), fixture.now_us);
+        {
+            let delivery = fixture.delivery(number, 0, document);
+            fixture.push(&mut batch, delivery)
+        };
     }
     let committed = fixture.commit(&mut batch).await;
     assert_eq!((committed.rows, committed.duplicates), (documents.len(), 0));
@@ -90,7 +93,7 @@ async fn any_document_is_stored_as_it_was_sent() {
 
 #[tokio::test]
 async fn every_column_holds_what_the_message_said() {
-    let fixture = Fixture::new(Options::alone()).await;
+    let mut fixture = Fixture::new(Options::alone()).await;
     let time = jiff::Timestamp::from_microsecond(fixture.now_us).unwrap();
     let payload = format!(
         r#"{{"device_id":"é\"x","device_type":"pump ü","site_id":"S\\1","timestamp_utc":"{time}","firmware":"3.4.1",
@@ -99,8 +102,11 @@ async fn every_column_holds_what_the_message_said() {
     let mut delivery = crate::fixture::message(0, &payload);
     delivery.topic = bytes::Bytes::from("og/field/S\\1/pump ü/é\"x");
     let mut batch = fixture.batch();
-    batch.push(delivery, fixture.now_us);
-    batch.push(fixture.delivery(1, 0, "{}"), fixture.now_us);
+    fixture.push(&mut batch, delivery);
+    {
+        let delivery = fixture.delivery(1, 0, "{}");
+        fixture.push(&mut batch, delivery)
+    };
     assert_eq!(fixture.commit(&mut batch).await.rows, 2);
     let row = fixture
         .db

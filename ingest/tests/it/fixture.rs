@@ -8,6 +8,7 @@ use ingest::delivery::{Ack, Delivery};
 use ingest::failure::WriteError;
 use ingest::partitions::{self, Layout};
 use ingest::reading::Rules;
+use ingest::recent::Recent;
 use ingest::settings::{DatabaseSettings, IngestSettings};
 use ingest::telemetry::{Batch, Committed, Path};
 use playground::cluster::{Cluster, Options};
@@ -22,6 +23,7 @@ pub(crate) struct Fixture {
     pub(crate) database: Database,
     pub(crate) db: Db,
     pub(crate) now_us: i64,
+    recent: Recent,
     _scratch: Scratch,
 }
 
@@ -43,7 +45,16 @@ impl Fixture {
         partitions::ensure(&mut client, &layout(), now_us, now_us).await.unwrap();
         drop(client);
         let db = cluster.connect(Role::Owner).await.unwrap();
-        Self { _cluster: cluster, database, db, now_us, _scratch: scratch }
+        Self { _cluster: cluster, database, db, now_us, recent: Recent::default(), _scratch: scratch }
+    }
+
+    /// Forgets what was seen before: the next batch finds out the hard way.
+    pub(crate) fn forget(&mut self) {
+        self.recent = Recent::default();
+    }
+
+    pub(crate) fn push(&mut self, batch: &mut Batch, delivery: Delivery) {
+        batch.push(delivery, self.now_us, &mut self.recent);
     }
 
     pub(crate) fn batch(&self) -> Batch {
@@ -59,7 +70,8 @@ impl Fixture {
         for _ in 0..4 {
             match batch.commit(&mut client, path).await {
                 Ok(committed) => return committed,
-                Err(WriteError::Duplicate | WriteError::Data { .. }) => path = Path::Merge,
+                Err(WriteError::Duplicate) => path = Path::Merge,
+                Err(WriteError::Data { .. }) => path = Path::Isolate,
                 Err(WriteError::MissingPartition) => {
                     let from = batch.timestamps().min().unwrap();
                     let to = batch.timestamps().max().unwrap();

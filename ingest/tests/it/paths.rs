@@ -10,16 +10,25 @@ fn counts(committed: &Committed) -> (usize, usize) {
     (committed.rows, committed.duplicates)
 }
 
-#[tokio::test]
-async fn the_same_reading_twice_is_one_row() {
-    let fixture = Fixture::new(Options::alone()).await;
+/// Stored before, then sent again among new ones, twice in the batch too. `remembered`: found by the hint, or by the
+/// failure of the fast path.
+async fn check_duplicates(remembered: bool) {
+    let mut fixture = Fixture::new(Options::alone()).await;
     let mut batch = fixture.batch();
-    (0..100).for_each(|n| batch.push(fixture.delivery(n, 0, r#"{"rpm":1}"#), fixture.now_us));
+    for number in 0..100 {
+        let delivery = fixture.delivery(number, 0, r#"{"rpm":1}"#);
+        fixture.push(&mut batch, delivery);
+    }
     assert_eq!(counts(&fixture.commit(&mut batch).await), (100, 0));
 
     batch.clear();
-    (50..150).for_each(|n| batch.push(fixture.delivery(n, 0, r#"{"rpm":2}"#), fixture.now_us));
-    batch.push(fixture.delivery(149, 0, r#"{"rpm":3}"#), fixture.now_us);
+    for number in (50..150).chain([149]) {
+        if !remembered {
+            fixture.forget();
+        }
+        let delivery = fixture.delivery(number, 0, r#"{"rpm":2}"#);
+        fixture.push(&mut batch, delivery);
+    }
     assert_eq!(counts(&fixture.commit(&mut batch).await), (50, 51), "50 stored before, 1 twice in the batch");
     assert_eq!(fixture.readings().await, 150);
     let first = "SELECT count(*) FROM device_telemetry WHERE metrics = '{\"rpm\": 1}'";
@@ -29,18 +38,31 @@ async fn the_same_reading_twice_is_one_row() {
     assert!(settled.iter().all(|settled| settled.rejected.is_none()));
 }
 
+#[tokio::test]
+async fn the_same_reading_twice_is_one_row_when_it_is_remembered() {
+    check_duplicates(true).await;
+}
+
+#[tokio::test]
+async fn the_same_reading_twice_is_one_row_when_it_is_forgotten() {
+    check_duplicates(false).await;
+}
+
 /// Numbers beyond the range of numeric pass the decoder; only the database can refuse them.
 const POISON: &str = r#"{"rpm":1e999999}"#;
 
 #[tokio::test]
 async fn rows_the_database_refuses_cost_only_themselves() {
-    let fixture = Fixture::new(Options::alone()).await;
+    let mut fixture = Fixture::new(Options::alone()).await;
     let mut batch = fixture.batch();
     for number in 0..1000 {
         let poison = matches!(number, 0 | 17 | 18 | 500 | 999);
-        batch.push(fixture.delivery(number, 0, if poison { POISON } else { "{}" }), fixture.now_us);
+        {
+            let delivery = fixture.delivery(number, 0, if poison { POISON } else { "{}" });
+            fixture.push(&mut batch, delivery)
+        };
     }
-    batch.push(message(1000, "not json"), fixture.now_us);
+    fixture.push(&mut batch, message(1000, "not json"));
     assert_eq!(counts(&fixture.commit(&mut batch).await), (995, 0));
     assert_eq!(fixture.readings().await, 995);
     let letters = fixture
@@ -69,14 +91,20 @@ async fn rows_the_database_refuses_cost_only_themselves() {
 
 #[tokio::test]
 async fn a_batch_of_nothing_but_poison_and_duplicates_ends() {
-    let fixture = Fixture::new(Options::alone()).await;
+    let mut fixture = Fixture::new(Options::alone()).await;
     let mut batch = fixture.batch();
-    (0..40).for_each(|n| batch.push(fixture.delivery(n, 0, "{}"), fixture.now_us));
+    (0..40).for_each(|n| {
+        let delivery = fixture.delivery(n, 0, "{}");
+        fixture.push(&mut batch, delivery)
+    });
     fixture.commit(&mut batch).await;
     batch.clear();
     for number in 0..80 {
         let metrics = if number % 2 == 0 { "{}" } else { POISON };
-        batch.push(fixture.delivery(number, 0, metrics), fixture.now_us);
+        {
+            let delivery = fixture.delivery(number, 0, metrics);
+            fixture.push(&mut batch, delivery)
+        };
     }
     assert_eq!(counts(&fixture.commit(&mut batch).await), (20, 20));
     assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, 40);
@@ -86,7 +114,7 @@ async fn a_batch_of_nothing_but_poison_and_duplicates_ends() {
 
 #[tokio::test]
 async fn a_refused_element_of_an_array_is_named_alone() {
-    let fixture = Fixture::new(Options::alone()).await;
+    let mut fixture = Fixture::new(Options::alone()).await;
     let elements: Vec<String> = (0..10)
         .map(|n| match n {
             2 => "17".to_owned(),
@@ -95,8 +123,11 @@ async fn a_refused_element_of_an_array_is_named_alone() {
         })
         .collect();
     let mut batch = fixture.batch();
-    batch.push(message(7, &format!("[{}]", elements.join(","))), fixture.now_us);
-    batch.push(fixture.delivery(8, 0, "{}"), fixture.now_us);
+    fixture.push(&mut batch, message(7, &format!("[{}]", elements.join(","))));
+    {
+        let delivery = fixture.delivery(8, 0, "{}");
+        fixture.push(&mut batch, delivery)
+    };
     assert_eq!(counts(&fixture.commit(&mut batch).await), (9, 0));
     let letters =
         fixture.db.query("SELECT payload FROM dead_letters ORDER BY length(payload)", &[]).await.unwrap();
@@ -109,13 +140,25 @@ async fn a_refused_element_of_an_array_is_named_alone() {
 
 #[tokio::test]
 async fn a_late_reading_gets_its_partition() {
-    let fixture = Fixture::new(Options::alone()).await;
+    let mut fixture = Fixture::new(Options::alone()).await;
     let hour = 3_600_000_000;
     let mut batch = fixture.batch();
-    batch.push(fixture.delivery(1, -5 * hour, "{}"), fixture.now_us);
-    batch.push(fixture.delivery(1, 0, "{}"), fixture.now_us);
-    batch.push(fixture.delivery(1, -25 * hour, "{}"), fixture.now_us);
-    batch.push(fixture.delivery(1, hour, "{}"), fixture.now_us);
+    {
+        let delivery = fixture.delivery(1, -5 * hour, "{}");
+        fixture.push(&mut batch, delivery)
+    };
+    {
+        let delivery = fixture.delivery(1, 0, "{}");
+        fixture.push(&mut batch, delivery)
+    };
+    {
+        let delivery = fixture.delivery(1, -25 * hour, "{}");
+        fixture.push(&mut batch, delivery)
+    };
+    {
+        let delivery = fixture.delivery(1, hour, "{}");
+        fixture.push(&mut batch, delivery)
+    };
     assert_eq!(counts(&fixture.commit(&mut batch).await), (2, 0));
     let out = "SELECT count(*) FROM dead_letters WHERE reason = 'timestamp_out_of_range'";
     assert_eq!(fixture.count(out).await, 2);

@@ -9,7 +9,7 @@ use super::sample::Sampler;
 use super::stack::{CONSUMER_GRACE, SIMULATOR_GRACE, Stack};
 use super::summary::Summary;
 use crate::cli::{UpArgs, say};
-use crate::home::Home;
+use crate::home::{Home, Run};
 use crate::metrics::Metrics;
 use crate::postgres::Role;
 use crate::verify::stored::{Scope, Stored, read};
@@ -55,7 +55,10 @@ pub(super) async fn finish(
     }
     let stored_after = started.elapsed();
     stack.cluster.wait_replayed(REPLAY).await?;
-    let scope = if stack.kept { Scope::Run } else { Scope::Everything };
+    let scope = match home.run()? {
+        Some(Run { first_transaction }) if stack.kept => Scope::Run { first_transaction },
+        _ => Scope::Everything,
+    };
     let began = Instant::now();
     let nodes = tokio::time::timeout(VERIFY, look(stack, ledger.as_ref(), scope))
         .await

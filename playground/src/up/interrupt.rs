@@ -1,4 +1,4 @@
-//! Counts the wish to end: Ctrl-C, SIGTERM, the key `q`. The first drains, the second aborts.
+//! Counts the wish to end: Ctrl-C, SIGTERM, a terminal that closes, the key `q`. The first drains, the second aborts.
 
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ impl Interrupts {
         let (count, seen) = watch::channel(0);
         let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
         let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+        let mut hang_up = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
         let mut listener = JoinSet::new();
         let counter = count.clone();
         listener.spawn(async move {
@@ -29,6 +30,7 @@ impl Interrupts {
                 tokio::select! {
                     Some(()) = interrupt.recv() => {}
                     Some(()) = terminate.recv() => {}
+                    Some(()) = hang_up.recv() => {}
                     else => return,
                 }
                 counter.send_modify(|count| *count += 1);

@@ -1,5 +1,6 @@
 //! The full-screen view. Draws what it is given; `q` and Ctrl-C count as a wish to end.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -41,7 +42,10 @@ impl Screen {
     }
 
     pub(super) fn draw(&mut self, sampler: &Sampler, sample: &Sample, stack: &Stack) -> anyhow::Result<()> {
-        self.terminal.draw(|frame| paint(frame, sampler, sample, stack)).context("draw")?;
+        let standby_wanted = stack.cluster.nodes.len() > 1;
+        self.terminal
+            .draw(|frame| paint(frame, sampler.history(), sample, standby_wanted))
+            .context("draw")?;
         Ok(())
     }
 }
@@ -67,7 +71,7 @@ fn watch_keys(closed: &AtomicBool, interrupts: &Interrupts) {
     }
 }
 
-fn paint(frame: &mut Frame<'_>, sampler: &Sampler, sample: &Sample, stack: &Stack) {
+fn paint(frame: &mut Frame<'_>, history: &VecDeque<Sample>, sample: &Sample, standby_wanted: bool) {
     let [head, numbers, rate_chart, latency_chart, processes] = Layout::vertical([
         Constraint::Length(1),
         Constraint::Length(9),
@@ -83,11 +87,11 @@ fn paint(frame: &mut Frame<'_>, sampler: &Sampler, sample: &Sample, stack: &Stac
         Layout::horizontal([Constraint::Fill(1), Constraint::Fill(1), Constraint::Fill(1)]).areas(numbers);
     paint_flow(frame, flow, sample);
     paint_latency(frame, times, sample);
-    paint_state(frame, state, sample, stack);
+    paint_state(frame, state, sample, standby_wanted);
 
-    let committed = sampler.history().iter().map(|sample| whole(sample.committed_rate));
+    let committed = history.iter().map(|sample| whole(sample.committed_rate));
     chart(frame, rate_chart, "rows committed per second", committed.collect(), Color::Green);
-    let p99 = sampler.history().iter().map(|sample| whole(sample.p99.unwrap_or(0.0) * 1000.0));
+    let p99 = history.iter().map(|sample| whole(sample.p99.unwrap_or(0.0) * 1000.0));
     chart(frame, latency_chart, "device to commit, p99, ms", p99.collect(), Color::Yellow);
 
     let rows = sample.processes.iter().map(|process| {
@@ -132,8 +136,8 @@ fn paint_latency(frame: &mut Frame<'_>, area: Rect, sample: &Sample) {
     frame.render_widget(Paragraph::new(lines).block(Block::bordered().title(" device to commit ")), area);
 }
 
-fn paint_state(frame: &mut Frame<'_>, area: Rect, sample: &Sample, stack: &Stack) {
-    let standby = match (stack.cluster.nodes.len() > 1, sample.flush_lag_bytes, sample.synchronous) {
+fn paint_state(frame: &mut Frame<'_>, area: Rect, sample: &Sample, standby_wanted: bool) {
+    let standby = match (standby_wanted, sample.flush_lag_bytes, sample.synchronous) {
         (false, _, _) => Span::from("none wanted"),
         (true, None, _) => Span::from("NOT ATTACHED").red().bold(),
         (true, Some(_), false) => Span::from("attached, not synchronous").yellow(),
@@ -156,7 +160,7 @@ fn paint_state(frame: &mut Frame<'_>, area: Rect, sample: &Sample, stack: &Stack
     frame.render_widget(Paragraph::new(lines).block(Block::bordered().title(" state ")), area);
 }
 
-/// The newest value is at the right edge and in the title.
+/// The newest value is the last bar and stands in the title.
 fn chart(frame: &mut Frame<'_>, area: Rect, title: &str, values: Vec<u64>, color: Color) {
     let fits = usize::from(area.width.saturating_sub(2));
     let shown = values.get(values.len().saturating_sub(fits)..).unwrap_or_default();
@@ -184,4 +188,60 @@ fn label(name: &str) -> Span<'static> {
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a bar of a chart")]
 fn whole(value: f64) -> u64 {
     value.max(0.0).round() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::up::sample::Usage;
+    use ratatui::Terminal;
+    use ratatui::backend::TestBackend;
+
+    fn painted(sample: &Sample, standby_wanted: bool, width: u16, height: u16) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
+        let history = [sample.clone(), sample.clone()].into();
+        terminal.draw(|frame| paint(frame, &history, sample, standby_wanted)).unwrap();
+        terminal.backend().to_string()
+    }
+
+    #[test]
+    fn an_operator_sees_flow_latency_lag_and_trouble() {
+        let sample = Sample {
+            seconds: 12.0,
+            committed_rate: 19_987.4,
+            p99: Some(0.095),
+            replay_lag_bytes: Some(4096),
+            flush_lag_bytes: Some(0),
+            synchronous: true,
+            dead_letters: [("not_json".to_owned(), 7)].into(),
+            behind_seconds: 3.0,
+            processes: vec![Usage {
+                name: "mqtt-consumer".into(),
+                port: 9101,
+                cores: 0.25,
+                rss_bytes: 42_000_000,
+            }],
+            ..Sample::default()
+        };
+        let text = painted(&sample, true, 120, 36);
+        for words in [
+            "19987/s",
+            "95 ms",
+            "synchronous",
+            "4096 B",
+            "not_json            7",
+            "3 s behind",
+            "rows committed per second: 19987 (highest 19987)",
+            "mqtt-consumer       127.0.0.1:9101      25 %",
+            "42 MB",
+        ] {
+            let squeezed = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(squeezed(&text).contains(&squeezed(words)), "{words} is not in\n{text}");
+        }
+        let detached = Sample { flush_lag_bytes: None, ..sample.clone() };
+        assert!(painted(&detached, true, 120, 36).contains("NOT ATTACHED"));
+        assert!(painted(&detached, false, 120, 36).contains("none wanted"));
+        // A tiny terminal shows less and breaks nothing.
+        painted(&sample, true, 20, 5);
+    }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use crate::cli::{Part, UpArgs, say};
 use crate::cluster::{Cluster, Options};
@@ -11,13 +11,16 @@ use crate::home::{Home, Process};
 use crate::metrics::Metrics;
 use crate::mosquitto::Mosquitto;
 use crate::port::Port;
-use crate::postgres::Role;
+use crate::postgres::{Role, connect};
 use crate::program::{Launch, Program};
 
 const POSTGRES_PORTS: [u16; 2] = [5432, 5433];
 const MQTT_PORT: u16 = 1883;
 const CONSUMER_PORT: u16 = 9101;
 const SIMULATOR_PORT: u16 = 9102;
+/// An hour of messages at full rate is taken in less.
+const LEFTOVERS: Duration = Duration::from_secs(1800);
+const LEFTOVERS_QUIET: Duration = Duration::from_millis(100);
 const READY: Duration = Duration::from_secs(60);
 /// The simulator waits for acknowledgements that may be stuck behind a full broker.
 pub(super) const SIMULATOR_GRACE: Duration = Duration::from_secs(90);
@@ -60,6 +63,38 @@ impl Stack {
         Ok(stack)
     }
 
+    /// The broker may hold messages of an earlier run for the consumer. They are stored before this run begins, so
+    /// that they are not taken for its own.
+    pub(super) async fn take_leftovers(&self) -> anyhow::Result<()> {
+        if self.consumer.is_none() || !self.kept {
+            return Ok(());
+        }
+        let deadline = Instant::now() + LEFTOVERS;
+        let mut last = (u64::MAX, 0);
+        loop {
+            // The broker sends what it holds as soon as the session is resumed.
+            tokio::time::sleep(LEFTOVERS_QUIET).await;
+            let metrics = self.consumer_metrics().await.context("the consumer does not answer")?;
+            let waiting = metrics.count("ingest_rows_in_flight") + metrics.count("ingest_queue_messages");
+            let now = (metrics.count("ingest_received_total"), waiting);
+            if waiting == 0 && (now == last || now.0 == 0) {
+                if now.0 > 0 {
+                    say(format!(
+                        "  {} messages of an earlier run were still in the broker; they are stored",
+                        now.0
+                    ));
+                }
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the broker still holds messages of an earlier run after {LEFTOVERS:?}; --fresh forgets them"
+                );
+            }
+            last = now;
+        }
+    }
+
     pub(super) async fn start_simulator(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {
         if args.without.contains(&Part::DeviceSimulator) {
             say("no device-simulator: bring your own client");
@@ -74,7 +109,7 @@ impl Stack {
         for (flag, value) in [
             ("--devices", args.devices.map(|n| n.to_string())),
             ("--interval", args.interval.map(|time| format!("{}us", time.as_micros()))),
-            ("--rate", args.rate.map(|n| n.to_string())),
+            ("--rate", args.rate.clone()),
             ("--qos", args.qos.map(|n| n.to_string())),
             ("--seed", args.seed.map(|n| n.to_string())),
         ] {
@@ -82,8 +117,8 @@ impl Stack {
         }
         options.extend(args.simulator_args.iter().cloned());
         let launch = Launch::new("device-simulator").envs(self.broker_environment()).args(options);
-        let mut simulator = launch.start_on(home.data(), port("device-simulator", SIMULATOR_PORT)?).await?;
-        simulator.ready(READY).await?;
+        // Not waited for: publishing starts with its first connection, and the view shows what comes.
+        let simulator = launch.start_on(home.data(), port("device-simulator", SIMULATOR_PORT)?).await?;
         report("device-simulator", simulator.port(), started, "/metrics /health");
         self.simulator = Some(simulator);
         Ok(())
@@ -172,10 +207,12 @@ async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, bool)>
     let options = Options { standbys, settings: Vec::new(), ports: POSTGRES_PORTS.to_vec(), sync: true };
     let kept = Cluster::exists(dir);
     let cluster = if kept {
-        Cluster::open(dir, options).await?
+        let cluster = Cluster::open(dir, options).await?;
+        fill(cluster.primary().config(Role::Owner)).await?;
+        cluster
     } else {
         Cluster::remove(dir)?;
-        Cluster::create(dir, options).await?
+        Cluster::create_filled(dir, options, fill).await?
     };
     for (node, wanted) in cluster.nodes.iter().zip(POSTGRES_PORTS) {
         if node.port() != wanted {
@@ -185,17 +222,18 @@ async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, bool)>
     for (index, node) in cluster.nodes.iter().enumerate() {
         report(node.name(), node.port(), started, if index == 0 { "primary" } else { "synchronous standby" });
     }
+    Ok((cluster, kept))
+}
+
+/// The schema, 10 sites and 100,000 devices.
+async fn fill(owner: tokio_postgres::Config) -> anyhow::Result<()> {
     let started = Instant::now();
-    let mut db = cluster.connect(Role::Owner).await?;
+    let mut db = connect(&owner).await?;
     ingest::schema::migrate(&mut db).await?;
     ingest::registry::fill(&db).await?;
-    say(format!(
-        "  {:<18}{:<24}{:>6.2} s",
-        "schema, registry",
-        "10 sites, 100,000 devices",
-        started.elapsed().as_secs_f64()
-    ));
-    Ok((cluster, kept))
+    let seconds = started.elapsed().as_secs_f64();
+    say(format!("  {:<18}{:<24}{seconds:>6.2} s", "schema", "registry of 100,000"));
+    Ok(())
 }
 
 fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {

@@ -12,9 +12,22 @@ use wire::ledger::{CHECKSUM_SQL, Ledger, Tally};
 pub enum Scope {
     /// The tables hold this run and nothing else: every row must be in the ledger.
     Everything,
-    /// The tables hold earlier runs too: rows between the ledger's first and last timestamp, and dead letters
-    /// received since its start. An earlier run that published into the same span of time shows up as extra.
-    Run,
+    /// The tables hold earlier runs too. This run's rows are those written by its transactions, the first of which is
+    /// given, with a timestamp that the ledger spans (the broker may still have held messages of an earlier run); its
+    /// dead letters are those received since its start.
+    Run { first_transaction: u32 },
+}
+
+/// The next transaction of the primary: asked before a run, it bounds the run's rows.
+///
+/// # Errors
+/// When the primary does not answer.
+pub async fn next_transaction(client: &Client) -> anyhow::Result<u32> {
+    let row = client
+        .query_one("SELECT (pg_snapshot_xmax(pg_current_snapshot())::text::numeric % 4294967296)::text", &[])
+        .await
+        .context("ask for the next transaction")?;
+    row.get::<_, String>(0).parse().context("a transaction number")
 }
 
 /// The rows of one node, those in doubt (see [`Ledger::unknown`]) kept apart.
@@ -50,6 +63,13 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
     let (ids, times): (Vec<&str>, Vec<i64>) =
         ledger.unknown.iter().map(|(id, us)| (id.as_str(), *us)).unzip();
 
+    // `age` counts back from now, so that the comparison holds when the numbers wrap around.
+    let written = match scope {
+        Scope::Everything => String::new(),
+        Scope::Run { first_transaction } => {
+            format!("AND age(device_telemetry.xmin) <= age('{first_transaction}'::xid)")
+        }
+    };
     let doubt = if ids.is_empty() {
         ""
     } else {
@@ -59,7 +79,7 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
     let tallies = format!(
         "SELECT device_id, count(*), min(us), max(us), {CHECKSUM_SQL} \
          FROM (SELECT device_id, {MICROSECONDS} AS us FROM device_telemetry \
-               WHERE timestamp_utc BETWEEN $1 AND $2) AS reading {doubt} GROUP BY device_id"
+               WHERE timestamp_utc BETWEEN $1 AND $2 {written}) AS reading {doubt} GROUP BY device_id"
     );
     let rows = if ids.is_empty() {
         transaction.query(&tallies, &[&from, &to]).await
@@ -74,8 +94,11 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
     let unacknowledged = count(
         &transaction
             .query_one(
-                "SELECT count(*) FROM device_telemetry JOIN unnest($1::text[], $2::timestamptz[]) AS doubt (id, at) \
-                 ON doubt.id = device_id AND doubt.at = timestamp_utc AND timestamp_utc BETWEEN $3 AND $4",
+                &format!(
+                    "SELECT count(*) FROM device_telemetry JOIN unnest($1::text[], $2::timestamptz[]) \
+                     AS doubt (id, at) ON doubt.id = device_id AND doubt.at = timestamp_utc \
+                     WHERE timestamp_utc BETWEEN $3 AND $4 {written}"
+                ),
                 &[&ids, &moments, &from, &to],
             )
             .await
@@ -92,8 +115,10 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
     let distinct = count(
         &transaction
             .query_one(
-                "SELECT count(*) FROM (SELECT DISTINCT timestamp_utc, device_id FROM device_telemetry \
-                 WHERE timestamp_utc BETWEEN $1 AND $2) AS identity",
+                &format!(
+                    "SELECT count(*) FROM (SELECT DISTINCT timestamp_utc, device_id FROM device_telemetry \
+                     WHERE timestamp_utc BETWEEN $1 AND $2 {written}) AS identity"
+                ),
                 &[&from, &to],
             )
             .await
@@ -102,7 +127,7 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
 
     let since = match scope {
         Scope::Everything => Timestamp::UNIX_EPOCH,
-        Scope::Run => Timestamp::from_microsecond(ledger.started_us).context("start of the run")?,
+        Scope::Run { .. } => Timestamp::from_microsecond(ledger.started_us).context("start of the run")?,
     };
     let letters = transaction
         .query("SELECT reason, count(*) FROM dead_letters WHERE received_at >= $1 GROUP BY reason", &[&since])
@@ -123,7 +148,7 @@ fn span(ledger: &Ledger, scope: Scope) -> anyhow::Result<(Timestamp, Timestamp)>
     const ALWAYS: (i64, i64) = (-62_000_000_000_000_000, 250_000_000_000_000_000);
     let (from, to) = match scope {
         Scope::Everything => ALWAYS,
-        Scope::Run => {
+        Scope::Run { .. } => {
             let tallies = ledger.devices.values().filter(|tally| tally.count > 0);
             let times = tallies.flat_map(|tally| [tally.first_us, tally.last_us]);
             let times: Vec<i64> = times.chain(ledger.unknown.iter().map(|(_, us)| *us)).collect();

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use playground::cluster::{Cluster, Options};
 use playground::postgres::{Db, Role};
 use playground::scratch::Scratch;
-use playground::verify::stored::{Scope, read};
+use playground::verify::stored::{Scope, next_transaction, read};
 use playground::verify::{Findings, compare};
 use wire::ledger::Ledger;
 
@@ -22,6 +22,10 @@ const START: i64 = 1_770_091_500_000_000;
 /// 40 devices, 50 readings each, odd microseconds, across both partitions; two dead letters.
 async fn fill(db: &Db) -> Ledger {
     db.batch_execute(TABLES).await.unwrap();
+    publish(db).await
+}
+
+async fn publish(db: &Db) -> Ledger {
     let mut ledger = Ledger { complete: true, qos: 1, started_us: START, ..Ledger::default() };
     let (mut ids, mut times) = (Vec::new(), Vec::new());
     for device in 0..40_i64 {
@@ -102,7 +106,7 @@ async fn readings_in_doubt_may_be_stored_or_not() {
     )
     .await
     .unwrap();
-    for scope in [Scope::Everything, Scope::Run] {
+    for scope in [Scope::Everything, Scope::Run { first_transaction: 3 }] {
         let found = look(&mut db, &ledger, scope).await;
         assert_eq!(
             (found.verdict().as_str(), found.rows, found.unacknowledged),
@@ -119,15 +123,23 @@ async fn an_earlier_run_is_out_of_scope() {
     let scratch = Scratch::new().unwrap();
     let cluster = Cluster::start(&scratch, Options::alone()).await.unwrap();
     let mut db = cluster.connect(Role::Owner).await.unwrap();
-    let ledger = fill(&db).await;
+    // One reading in the span of time of the run to come, one before; the broker delivers a third one late.
+    db.batch_execute(TABLES).await.unwrap();
     db.batch_execute(
-        "INSERT INTO device_telemetry VALUES ('TURB-00001', '2026-02-03 03:00Z', '{}');
+        "INSERT INTO device_telemetry VALUES ('TURB-00001', '2026-02-03 03:00Z', '{}'),
+                                             ('TURB-00001', '2026-02-03 04:05:03.271828Z', '{}');
          INSERT INTO dead_letters VALUES ('2026-02-03 03:00Z', 'not_json')",
     )
     .await
     .unwrap();
-    assert_eq!(look(&mut db, &ledger, Scope::Run).await.verdict(), "exact");
-    assert_eq!(look(&mut db, &ledger, Scope::Everything).await.verdict(), "extra 1, 1 dead letters extra");
+    let first_transaction = next_transaction(&db).await.unwrap();
+    let ledger = publish(&db).await;
+    db.batch_execute("INSERT INTO device_telemetry VALUES ('TURB-00002', '2026-02-03 03:00Z', '{}')")
+        .await
+        .unwrap();
+    let run = look(&mut db, &ledger, Scope::Run { first_transaction }).await;
+    assert_eq!((run.verdict().as_str(), run.rows, run.distinct), ("exact", 2000, 2000));
+    assert_eq!(look(&mut db, &ledger, Scope::Everything).await.verdict(), "extra 3, 1 dead letters extra");
 }
 
 /// The fast way to microseconds that the scan uses, against the exact one.

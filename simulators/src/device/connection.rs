@@ -22,6 +22,8 @@ use crate::seeds::{join, unit};
 
 /// At full speed a tick is at most this long: acknowledgements are what makes room for more.
 const UNPACED_TICK: Duration = Duration::from_millis(2);
+/// How often silence is looked at, at least.
+const SILENCE: Duration = Duration::from_secs(1);
 /// Rounds of filling and writing before other tasks get their turn.
 const ROUNDS: u32 = 8;
 /// Longest wait at the end for the broker to close its side.
@@ -178,6 +180,10 @@ impl Connection {
                 bail!("the broker closed the connection before its CONNACK");
             }
         };
+        let qos = self.shared.settings.device_simulator.qos;
+        if qos > limits.qos {
+            bail!("the broker takes QoS {} at most, device_simulator.qos is {qos}", limits.qos);
+        }
         let now = self.shared.now().since;
         let mut publisher = self.publisher();
         publisher.connected(limits, now);
@@ -298,8 +304,8 @@ fn wake(number: u32, shared: &Shared, publisher: &Publisher, blocked: bool, now:
         return now;
     }
     let tick = if unpaced || blocked { fleet.tick.min(UNPACED_TICK) } else { fleet.tick };
-    // Silence is looked at a few times per keep-alive whatever happens.
-    let mut target = now + shared.settings.mqtt.keep_alive / 8;
+    // Silence is looked at a few times per keep-alive whatever happens; a broker may ask for a short one.
+    let mut target = now + (shared.settings.mqtt.keep_alive / 8).min(SILENCE);
     if let Some(next) = publisher.next() {
         target = target.min(next);
     }

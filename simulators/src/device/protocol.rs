@@ -2,7 +2,7 @@
 //!
 //! Rare packets go through rumqttc's codec. The two that make up all the traffic, PUBLISH out and PUBACK in, are
 //! written and read here, without an allocation. Why rumqttc's event loop is not used: it makes one system call
-//! for every PUBLISH and wakes for every PUBACK (see docs/decisions/device-simulator-own-event-loop.md).
+//! for every PUBLISH and wakes for every PUBACK (see docs/decisions/0004-device-simulator-connection.md).
 
 use std::time::Duration;
 
@@ -47,6 +47,10 @@ pub struct Limits {
     pub receive_maximum: u16,
     /// Bytes of the largest packet it takes.
     pub packet_size: u32,
+    /// Highest quality of service it takes.
+    pub qos: u8,
+    /// Overrules the keep-alive the client asked for.
+    pub keep_alive: Option<Duration>,
 }
 
 /// A CONNECT with a clean start and no session: after a lost connection the simulator itself sends again what
@@ -75,6 +79,10 @@ pub fn connack(inbox: &mut BytesMut) -> Result<Option<Limits>, ProtocolError> {
             Ok(Some(Limits {
                 receive_maximum: properties.and_then(|p| p.receive_max).unwrap_or(u16::MAX),
                 packet_size: properties.and_then(|p| p.max_packet_size).unwrap_or(u32::MAX),
+                qos: properties.and_then(|p| p.max_qos).unwrap_or(2),
+                keep_alive: properties
+                    .and_then(|p| p.server_keep_alive)
+                    .map(|seconds| Duration::from_secs(seconds.into())),
             }))
         }
         Some(Packet::ConnAck(connack)) => Err(ProtocolError::Refused(connack.code)),
@@ -284,13 +292,22 @@ mod tests {
         let mut plain =
             ConnAck { session_present: false, code: ConnectReturnCode::Success, properties: None };
         let mut bytes = encoded(&Packet::ConnAck(plain.clone()));
-        let unlimited = Limits { receive_maximum: u16::MAX, packet_size: u32::MAX };
+        let unlimited = Limits { receive_maximum: u16::MAX, packet_size: u32::MAX, qos: 2, keep_alive: None };
         assert_eq!(connack(&mut bytes), Ok(Some(unlimited)));
-        // No type of rumqttc's builds these; the broker's own bytes: Receive Maximum 20, Maximum Packet Size 1000.
-        let limited = [0x20, 11, 0, 0, 8, 0x21, 0, 20, 0x27, 0, 0, 0x03, 0xe8];
+        // No type of rumqttc's builds these; the broker's own bytes: Receive Maximum 20, Maximum Packet Size 1000,
+        // Maximum QoS 0, Server Keep Alive 5.
+        let limited = [0x20, 16, 0, 0, 13, 0x21, 0, 20, 0x27, 0, 0, 0x03, 0xe8, 0x24, 0, 0x13, 0, 5];
         assert_eq!(connack(&mut BytesMut::from(&limited[..8])), Ok(None));
         let read = connack(&mut BytesMut::from(&limited[..]));
-        assert_eq!(read, Ok(Some(Limits { receive_maximum: 20, packet_size: 1000 })));
+        assert_eq!(
+            read,
+            Ok(Some(Limits {
+                receive_maximum: 20,
+                packet_size: 1000,
+                qos: 0,
+                keep_alive: Some(Duration::from_secs(5)),
+            }))
+        );
         plain.code = ConnectReturnCode::NotAuthorized;
         plain.properties = None::<ConnAckProperties>;
         let refused = connack(&mut encoded(&Packet::ConnAck(plain)));

@@ -109,7 +109,7 @@ impl Publisher {
             topic: Vec::new(),
             payload: Vec::new(),
             inbox: Vec::new(),
-            limits: Limits { receive_maximum: 1, packet_size: 0 },
+            limits: Limits { receive_maximum: 1, packet_size: 0, qos: 0, keep_alive: None },
             remaining,
             stopped: false,
             heard: Duration::ZERO,
@@ -332,6 +332,7 @@ impl Publisher {
                 return Err(format!("the broker has not answered for {owed:.1?}"));
             }
         }
+        let keep_alive = self.limits.keep_alive.map_or(keep_alive, |brokers| brokers.min(keep_alive));
         if silent > keep_alive / 2 && self.pinged.is_none() {
             self.pinged = Some(now);
             self.out.extend_from_slice(&protocol::PINGREQ);
@@ -381,3 +382,6 @@ impl Publisher {
         self.account.snapshot(under_way, self.again.iter())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -117,7 +117,9 @@ pub type Publishers = Arc<Vec<Arc<Mutex<Publisher>>>>;
 ///
 /// # Errors
 /// When it cannot start, a task fails, or the ledger cannot be written.
-pub async fn run(settings: DeviceSimulatorSettings) -> anyhow::Result<()> {
+pub async fn run(mut settings: DeviceSimulatorSettings) -> anyhow::Result<()> {
+    let fleet = &mut settings.device_simulator;
+    fleet.connections = fleet.connections.min(fleet.devices);
     let fleet = Arc::new(settings.device_simulator.clone());
     check_open_files(fleet.connections)?;
     let registry = Registry::new();
@@ -131,6 +133,8 @@ pub async fn run(settings: DeviceSimulatorSettings) -> anyhow::Result<()> {
             .map(|number| Arc::new(Mutex::new(Publisher::new(Arc::clone(&fleet), number, metrics.clone()))))
             .collect(),
     );
+    // A ledger that cannot be written is an error now, and an old one is not taken for this run's.
+    conclude(&shared, &publishers, false)?;
     tracing::info!(
         devices = fleet.devices,
         connections = fleet.connections,
@@ -192,7 +196,8 @@ async fn write_ledgers(
         shutdown.cancelled().await;
         return Ok(());
     }
-    let mut ticks = tokio::time::interval(shared.settings.device_simulator.ledger_every);
+    let every = shared.settings.device_simulator.ledger_every;
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {

@@ -45,7 +45,7 @@ pub struct FleetSettings {
     pub qos: u8,
     /// The same seed gives the same machines, values and trouble.
     pub seed: u64,
-    /// MQTT connections; the machines are dealt out to them in turn.
+    /// MQTT connections; the machines are dealt out to them in turn. Never more than machines.
     pub connections: u32,
     /// Start of the client ids; a part that is new in each run and the connection's number follow.
     pub client_id: String,
@@ -128,8 +128,8 @@ impl FleetSettings {
         if !(1..=10_000_000).contains(&self.devices) {
             return key("devices", "must be 1 to 10000000");
         }
-        if !(1..=self.devices).contains(&self.connections) {
-            return key("connections", "must be 1 to device_simulator.devices");
+        if self.connections == 0 {
+            return key("connections", "must be at least 1");
         }
         if self.active.is_some_and(|active| !(1..=self.devices).contains(&active)) {
             return key("active", "must be 1 to device_simulator.devices");
@@ -142,6 +142,9 @@ impl FleetSettings {
         }
         if !(1..=10_000).contains(&self.array) {
             return key("array", "must be 1 to 10000");
+        }
+        if self.count == Some(0) {
+            return key("count", "must be at least 1");
         }
         if self.max_in_flight == 0 {
             return key("max_in_flight", "must be 1 to 65535");
@@ -266,7 +269,6 @@ mod tests {
     fn what_is_wrong_is_named() {
         for (text, named) in [
             (&["devices=0"][..], "device_simulator.devices"),
-            (&["connections=100001"], "device_simulator.connections"),
             (&["connections=0"], "device_simulator.connections"),
             (&["active=5", "rate=3"], "device_simulator.rate"),
             (&["qos=2"], "device_simulator.qos"),
@@ -274,6 +276,7 @@ mod tests {
             (&["rate=0"], "device_simulator.rate"),
             (&["rate=-1"], "device_simulator.rate"),
             (&["tick=0s"], "device_simulator.tick"),
+            (&["count=0"], "device_simulator.count"),
             (&["array=0"], "device_simulator.array"),
             (&["trouble.not_json=1.5"], "device_simulator.trouble.not_json"),
             (&["trouble.not_json=0.6", "trouble.late=0.6"], "device_simulator.trouble"),

@@ -1,0 +1,42 @@
+# What people and CI run. Options of `tier0` through ARGS: make up ARGS="--for 60s --fresh"
+
+CARGO ?= cargo
+ARGS ?=
+
+.PHONY: up test check install build bench down clean
+
+# The whole system on this machine, live; Ctrl-C drains and verifies.
+up: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 up $(ARGS)
+
+# Everything that must hold before a change goes in. .ci/run calls this and nothing else.
+test: install check build
+	$(CARGO) test --workspace --locked
+
+# Formatting, lints, the architecture's invariants: no server needed.
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	.ci/architecture.sh
+
+# The programs that integration tests start.
+build:
+	$(CARGO) build --workspace --locked --bins
+
+# Debian packages this machine lacks.
+install:
+	@command -v $(CARGO) >/dev/null || { echo "a Rust toolchain is needed: https://rustup.rs" >&2; exit 1; }
+	@playground/install.sh
+
+# How fast, beside what the machine's parts can do alone; writes target/bench.json.
+bench: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 bench $(ARGS)
+
+# End what `make up` started in another terminal, in order.
+down:
+	target/release/tier0 down
+
+clean:
+	$(CARGO) clean

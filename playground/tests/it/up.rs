@@ -1,0 +1,255 @@
+//! The command as an operator uses it, with the real programs.
+
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use playground::home::{Home, Process};
+use playground::scratch::Scratch;
+use serde_json::Value;
+
+/// 2,000 messages a second: enough to see batches, few enough for a machine that runs other tests.
+const FLEET: [&str; 4] = ["--devices", "2000", "--interval", "1s"];
+
+struct Tier0 {
+    scratch: Scratch,
+}
+
+impl Tier0 {
+    fn new() -> Self {
+        Self { scratch: Scratch::new().unwrap() }
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.scratch.path().join(".tier0")
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tier0"));
+        command.arg("--dir").arg(self.dir()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> (Output, String) {
+        let output = self.command(args).output().unwrap();
+        let text =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        (output, text)
+    }
+
+    /// Starts `up` and returns when rows are committed.
+    fn up(&self, args: &[&str]) -> Running {
+        let mut child =
+            self.command(&[&["up"], &FLEET[..], args].concat()).stdout(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut running = Running { child, lines: Box::new(lines) };
+        running.until("first row committed");
+        running
+    }
+
+    fn processes(&self) -> Vec<Process> {
+        let processes = Home::open(&self.dir()).unwrap().state().unwrap().processes;
+        assert_eq!(processes.len(), 5, "{processes:?}");
+        processes
+    }
+
+    fn summary(&self) -> Value {
+        serde_json::from_slice(&std::fs::read(self.scratch.path().join("summary.json")).unwrap()).unwrap()
+    }
+}
+
+struct Running {
+    child: Child,
+    lines: Box<dyn Iterator<Item = String>>,
+}
+
+impl Running {
+    fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    fn until(&mut self, words: &str) {
+        let seen: Vec<String> = self.lines.by_ref().take_while(|line| !line.contains(words)).collect();
+        // At the end of the output the process has ended.
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("up ended ({status}) before it said {words:?}:\n{}", seen.join("\n"));
+        }
+    }
+
+    /// The rest of its output and its exit status.
+    fn end(mut self) -> (Option<i32>, String) {
+        let text = self.lines.by_ref().collect::<Vec<_>>().join("\n");
+        (self.child.wait().unwrap().code(), text)
+    }
+}
+
+fn wait_gone(processes: &[Process]) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while let Some(process) = processes.iter().find(|process| process.lives()) {
+        assert!(Instant::now() < deadline, "{} (pid {}) still lives", process.name, process.pid);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn every_acknowledged_reading_is_stored_once_on_both_nodes() {
+    let tier0 = Tier0::new();
+    let summary = tier0.scratch.path().join("summary.json");
+    let run = |args: &[&str]| {
+        let summary = ["--summary", summary.to_str().unwrap()];
+        tier0.run(&[&["up", "--for", "5s"], &FLEET[..], &summary, args].concat())
+    };
+    // Twice on the same data: the second run is checked apart from the first.
+    for seed in ["1", "2"] {
+        let (output, text) = run(&["--seed", seed]);
+        assert!(output.status.success(), "{text}");
+        let summary = tier0.summary();
+        assert_eq!(summary["verdict"], "exact", "{text}");
+        let acknowledged = summary["acknowledged"].as_u64().unwrap();
+        assert!(acknowledged > 5000, "{text}");
+        for key in ["readings", "stored_primary", "stored_standby", "distinct"] {
+            assert_eq!(summary[key], acknowledged, "{key}\n{text}");
+        }
+        assert_eq!(summary["dead_letters"], 0);
+        assert!(summary["p99_ms"].as_f64().unwrap() < 5000.0, "{text}");
+        assert!(summary["start_seconds"].as_f64().unwrap() > 0.0, "{text}");
+    }
+
+    // With trouble, on empty tables.
+    let trouble = [
+        "--fresh",
+        "--",
+        "--trouble",
+        "not_json=0.01",
+        "--trouble",
+        "nul_character=0.01",
+        "--trouble",
+        "duplicate=0.02",
+        "--trouble",
+        "late=0.02",
+    ];
+    let (output, text) = run(&trouble);
+    assert!(output.status.success(), "{text}");
+    let summary = tier0.summary();
+    assert_eq!(summary["verdict"], "exact", "{text}");
+    assert!(summary["dead_letters"].as_u64().unwrap() > 0, "{text}");
+    assert!(summary["duplicates"].as_u64().unwrap() > 0, "{text}");
+
+    // Afterwards, on nodes started for the purpose; and a lost row is found.
+    let (output, text) = tier0.run(&["verify"]);
+    assert!(output.status.success() && text.contains("verdict: exact"), "{text}");
+    let delete = "DELETE FROM device_telemetry WHERE (timestamp_utc, device_id) IN \
+                  (SELECT timestamp_utc, device_id FROM device_telemetry OFFSET 100 LIMIT 1)";
+    let (output, text) = tier0.run(&["psql", "region1", "--", "-Atc", delete]);
+    assert!(output.status.success() && text.contains("DELETE 1"), "{text}");
+    let (output, text) = tier0.run(&["verify", "--json"]);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for node in report["nodes"].as_array().unwrap() {
+        assert_eq!((node["lost"].as_u64(), node["differing"].as_u64()), (Some(1), Some(1)), "{text}");
+    }
+}
+
+#[test]
+fn what_the_broker_holds_for_an_absent_consumer_is_stored_by_the_next_run() {
+    let tier0 = Tier0::new();
+    let run = |args: &[&str]| tier0.run(&[&["up", "--for", "2s"], &FLEET[..], args].concat());
+    let (output, text) = run(&[]);
+    assert!(output.status.success(), "{text}");
+    let (output, text) = run(&["--without", "mqtt-consumer", "--seed", "2"]);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("lost"), "{text}");
+    let (output, text) = run(&["--seed", "3"]);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("messages of an earlier run were still in the broker"), "{text}");
+}
+
+#[test]
+fn nothing_survives_a_killed_parent() {
+    let tier0 = Tier0::new();
+    let running = tier0.up(&[]);
+    let servers = tier0.processes();
+    let mut all = servers.clone();
+    for server in &servers {
+        let below = playground::procfs::descendants(server.pid);
+        all.extend(below.iter().map(|pid| Process::new("child", *pid, 0, std::path::Path::new(""))));
+    }
+    assert!(all.len() > 15, "Postgres' own children are among them: {}", all.len());
+    assert!(all.iter().all(Process::lives));
+    kill(running.pid(), Signal::SIGKILL).unwrap();
+    running.end();
+    wait_gone(&all);
+
+    // And the data is as good as after a power cut of all of it: the next run starts on it.
+    let (output, text) = tier0.run(&["verify"]);
+    assert!(output.status.code().is_some() && text.contains("rows"), "{text}");
+    let running = tier0.up(&["--seed", "2"]);
+    kill(running.pid(), Signal::SIGINT).unwrap();
+    let (status, text) = running.end();
+    assert_eq!(status, Some(0), "{text}");
+}
+
+#[test]
+fn status_down_and_a_second_up() {
+    let tier0 = Tier0::new();
+    let (output, text) = tier0.run(&["status"]);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    let running = tier0.up(&[]);
+    let processes = tier0.processes();
+    let (output, text) = tier0.run(&["up"]);
+    assert!(!output.status.success() && text.contains("already up"), "{text}");
+    // The simulator reports itself ready some time after its first messages.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let text = loop {
+        let (output, text) = tier0.run(&["status"]);
+        if output.status.success() {
+            break text;
+        }
+        assert!(Instant::now() < deadline, "{text}");
+    };
+    assert!(text.contains("mqtt-consumer") && text.contains("ready"), "{text}");
+    let (output, text) = tier0.run(&["psql", "region2", "--", "-Atc", "SELECT pg_is_in_recovery()"]);
+    assert!(output.status.success() && text.trim() == "t", "{text}");
+    let (output, text) = tier0.run(&["logs", "mosquitto"]);
+    assert!(output.status.success() && text.contains("mosquitto version"), "{text}");
+    let (output, text) = tier0.run(&["down"]);
+    assert!(output.status.success(), "{text}");
+    wait_gone(&processes);
+    let (status, text) = running.end();
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("verdict") && text.contains("exact"), "{text}");
+}
+
+#[test]
+fn a_process_that_dies_ends_the_run_with_a_failure() {
+    let tier0 = Tier0::new();
+    let running = tier0.up(&[]);
+    let processes = tier0.processes();
+    let consumer = processes.iter().find(|process| process.name == "mqtt-consumer").unwrap();
+    kill(Pid::from_raw(consumer.pid), Signal::SIGKILL).unwrap();
+    let (status, text) = running.end();
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("FAILED: mqtt-consumer ended by itself"), "{text}");
+    wait_gone(&processes);
+}
+
+#[test]
+fn a_second_interrupt_aborts_at_once() {
+    let tier0 = Tier0::new();
+    let mut running = tier0.up(&[]);
+    let processes = tier0.processes();
+    // A consumer that cannot drain, so that the first interrupt alone would take long.
+    let consumer = processes.iter().find(|process| process.name == "mqtt-consumer").unwrap();
+    kill(Pid::from_raw(consumer.pid), Signal::SIGSTOP).unwrap();
+    kill(running.pid(), Signal::SIGINT).unwrap();
+    running.until("draining");
+    kill(running.pid(), Signal::SIGINT).unwrap();
+    let asked = Instant::now();
+    let (status, text) = running.end();
+    assert_eq!(status, Some(130), "{text}");
+    assert!(asked.elapsed() < Duration::from_secs(8), "{:?}", asked.elapsed());
+    wait_gone(&processes);
+}
