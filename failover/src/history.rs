@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
@@ -32,8 +33,17 @@ pub struct Entry {
     pub total_duration_ms: f64,
     pub success: bool,
     pub failure: Option<Failure>,
-    /// SHA-256 of this entry as JSON with this field empty.
+    /// SHA-256 of the entry's text as it stands in the file.
+    #[serde(skip)]
     pub hash: String,
+}
+
+/// One line of the file. The hash is of the text itself: numbers read and written again need not look the same.
+#[derive(Serialize, Deserialize)]
+struct Line<'a> {
+    hash: String,
+    #[serde(borrow)]
+    entry: &'a RawValue,
 }
 
 /// How a verification went.
@@ -78,7 +88,7 @@ impl History {
             .lines()
             .enumerate()
             .map(|(index, line)| {
-                serde_json::from_str(line).with_context(|| format!("{}: line {}", path.display(), index + 1))
+                read(line).with_context(|| format!("{}: line {}", path.display(), index + 1))
             })
             .collect::<anyhow::Result<_>>()?;
         Ok(Self { path, entries })
@@ -120,8 +130,10 @@ impl History {
             failure,
             hash: String::new(),
         };
-        entry.hash = hash(&entry)?;
-        let mut line = serde_json::to_string(&entry).context("write a history entry")?;
+        let text = serde_json::value::to_raw_value(&entry).context("write a history entry")?;
+        entry.hash = hash(text.get());
+        let line = Line { hash: entry.hash.clone(), entry: &text };
+        let mut line = serde_json::to_string(&line).context("write a history entry")?;
         line.push('\n');
         let new = !self.path.exists();
         let mut file = OpenOptions::new()
@@ -168,23 +180,28 @@ impl History {
 }
 
 fn check(line: &str, number: u64, previous: &str) -> anyhow::Result<String> {
-    let entry: Entry = serde_json::from_str(line).context("not an entry")?;
+    let entry = read(line).context("not an entry")?;
     if entry.number != number {
         bail!("its number is {}, expected {number}", entry.number);
     }
     if entry.previous != previous {
         bail!("it does not follow the entry before");
     }
-    if hash(&entry)? != entry.hash {
+    let text: Line<'_> = serde_json::from_str(line)?;
+    if hash(text.entry.get()) != entry.hash {
         bail!("its content does not match its hash");
     }
     Ok(entry.hash)
 }
 
-fn hash(entry: &Entry) -> anyhow::Result<String> {
-    let bare = Entry { hash: String::new(), ..entry.clone() };
-    let digest = Sha256::digest(serde_json::to_vec(&bare).context("hash a history entry")?);
-    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+fn read(line: &str) -> anyhow::Result<Entry> {
+    let line: Line<'_> = serde_json::from_str(line)?;
+    let entry: Entry = serde_json::from_str(line.entry.get())?;
+    Ok(Entry { hash: line.hash, ..entry })
+}
+
+fn hash(text: &str) -> String {
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -258,8 +258,13 @@ async fn carry_on<H: Hands>(
 ) -> anyhow::Result<(Operation, Option<Failure>)> {
     let steps = plan(operation.kind, !operation.wait_for_after.is_empty());
     let at = steps.iter().position(|step| *step == operation.completed).map_or(0, |at| at + 1);
+    let mut since = since;
     for step in steps.into_iter().skip(at) {
         let started = Instant::now();
+        if step == Step::Fence && operation.kind == Kind::Planned {
+            // Until now the source went on acknowledging.
+            since = started;
+        }
         match carry_out(hands, state, &mut operation, step).await {
             Ok(detail) => {
                 if step == Step::Mark {

@@ -171,6 +171,9 @@ impl Postgres {
         command.arg("-D").arg(&self.settings.data);
         // A crashed backend ends the postmaster: what happens next is for the orchestrator to decide.
         command.args(["-c", "restart_after_crash=off"]);
+        // What is this node's own must not be taken from a configuration that a rebuild copied from another.
+        command.args(["-c", &format!("port={}", self.settings.port)]);
+        command.args(["-c", &format!("cluster_name={}", self.settings.node)]);
         command.stdout(log.try_clone().context("open the log twice")?).stderr(log);
         let mut child = spawn(command).await.context("start the postmaster")?;
         let pid = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
@@ -260,7 +263,8 @@ impl Postgres {
     }
 
     async fn clone_from(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
-        self.conf.clear()?;
+        let conf = self.conf.clone();
+        tokio::task::spawn_blocking(move || conf.clear()).await.context("empty the data directory")??;
         let mut command = self.command("pg_basebackup", "KILL");
         command.arg("--pgdata").arg(&self.settings.data);
         command.args(["--wal-method=stream", "--checkpoint=fast", "--no-password"]);
