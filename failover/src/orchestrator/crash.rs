@@ -8,7 +8,9 @@
 pub fn after(step: &str) {
     if std::env::var("TIER0_CRASH_AFTER").is_ok_and(|name| name == step) {
         tracing::warn!(step, "TIER0_CRASH_AFTER: dying here");
-        drop(nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL));
+        if let Err(error) = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL) {
+            tracing::error!(%error, "not dead");
+        }
     }
 }
 

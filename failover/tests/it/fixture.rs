@@ -10,6 +10,7 @@ use playground::cluster::{Cluster, Options};
 use playground::port::Port;
 use playground::postgres::{Db, Role};
 use playground::program::{Launch, Program};
+use playground::redis::Redis;
 use playground::scratch::Scratch;
 use playground::shipped;
 use reqwest::{Client, Method};
@@ -28,6 +29,7 @@ pub(crate) struct Fixture {
     pub(crate) orchestrator: Program,
     pub(crate) agents: Vec<Program>,
     pub(crate) cluster: Cluster,
+    pub(crate) redis: Option<Redis>,
     pub(crate) http: Client,
     launch: Launch,
     pub(crate) scratch: Scratch,
@@ -36,11 +38,22 @@ pub(crate) struct Fixture {
 /// What differs from test to test.
 #[derive(Default)]
 pub(crate) struct Setup {
-    pub(crate) standbys: Option<usize>,
-    pub(crate) settings: Vec<(&'static str, String)>,
+    three: bool,
+    redis: bool,
+    settings: Vec<(&'static str, String)>,
 }
 
 impl Setup {
+    pub(crate) fn three_nodes(mut self) -> Self {
+        self.three = true;
+        self
+    }
+
+    pub(crate) fn with_redis(mut self) -> Self {
+        self.redis = true;
+        self
+    }
+
     pub(crate) fn set(mut self, key: &'static str, value: &str) -> Self {
         self.settings.push((key, value.into()));
         self
@@ -48,7 +61,7 @@ impl Setup {
 
     pub(crate) async fn start(self) -> Fixture {
         let scratch = Scratch::new().unwrap();
-        let standbys = self.standbys.unwrap_or(1);
+        let standbys = if self.three { 2 } else { 1 };
         let options = Options { standbys, ..Options::default() }.set("wal_receiver_timeout", "1s");
         let mut cluster = Cluster::start(&scratch, options).await.unwrap();
         let db = cluster.primary().admin().await.unwrap();
@@ -75,10 +88,12 @@ impl Setup {
         for (key, value) in &self.settings {
             launch = launch.set(key, value);
         }
+        let redis = if self.redis { Some(Redis::start(&scratch).await.unwrap()) } else { None };
+        launch = launch.envs(redis.iter().flat_map(Redis::environment));
         let mut orchestrator = launch.clone().start(scratch.path()).await.unwrap();
         orchestrator.ready(LIMIT).await.unwrap();
         let http = Client::builder().no_proxy().build().unwrap();
-        let fixture = Fixture { orchestrator, agents, cluster, http, launch, scratch };
+        let fixture = Fixture { orchestrator, agents, cluster, redis, http, launch, scratch };
         fixture.whole().await;
         fixture
     }

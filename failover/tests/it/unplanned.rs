@@ -10,6 +10,10 @@ use tokio::time::Instant;
 use crate::fixture::{Fixture, Setup};
 use crate::load::Load;
 
+/// Tests share the machine with whatever else runs: a bound that something broken would exceed. The figures are for
+/// `make bench-failover`, on a quiet machine.
+const MOST: Duration = Duration::from_millis(1250);
+
 fn other(region: &str) -> &'static str {
     if region == "region1" { "region2" } else { "region1" }
 }
@@ -58,7 +62,7 @@ async fn a_killed_postmaster_is_replaced_and_comes_back_as_standby() {
     let outcome = load.finish().await;
     println!("{outcome:?}");
     assert_eq!(outcome.lost, 0, "{outcome:?}");
-    assert!(median(gaps.clone()) <= Duration::from_millis(250), "{gaps:?}");
+    assert!(median(gaps.clone()) <= MOST, "{gaps:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -79,7 +83,7 @@ async fn a_killed_node_is_replaced_and_comes_back_as_standby() {
     }
     let outcome = load.finish().await;
     assert_eq!(outcome.lost, 0, "{outcome:?}");
-    assert!(median(gaps.clone()) <= Duration::from_millis(500), "{gaps:?}");
+    assert!(median(gaps.clone()) <= MOST, "{gaps:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -102,7 +106,7 @@ async fn a_frozen_node_is_replaced_and_cannot_acknowledge_when_it_thaws() {
     }
     let outcome = load.finish().await;
     assert_eq!(outcome.lost, 0, "{outcome:?}");
-    assert!(median(gaps.clone()) <= Duration::from_millis(1500), "{gaps:?}");
+    assert!(median(gaps.clone()) <= MOST * 2, "{gaps:?}");
 }
 
 /// The postmaster alone frozen: open sessions go on, a standby streams, so the primary lives.
