@@ -88,7 +88,7 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
     let primary = &state.primary;
     let reason = match view.condition(primary, now, policy) {
         Condition::Alive => return upkeep(state, view, rules, now),
-        Condition::Uncertain(_) => return Action::Nothing,
+        Condition::Uncertain(_) => return revive(state, view, rules, now),
         Condition::Standby if idle(primary) => {
             return Action::Lead {
                 node: primary.clone(),
@@ -105,6 +105,24 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
         None if view.condition(primary, now, policy) == Condition::Gone && idle(primary) => {
             Action::Lead { node: primary.clone(), reason: format!("{reason}; no standby is in sync") }
         }
+        None => revive(state, view, rules, now),
+    }
+}
+
+/// Without a primary, a stopped standby is started all the same: what it has can then be seen, and promoted when an
+/// operator says so. Nothing is rewritten, since there is nothing to copy from.
+fn revive(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
+    let stopped = view.nodes.iter().find(|(node, seen)| {
+        **node != state.primary
+            && !seen.busy
+            && now >= seen.not_before
+            && seen.fresh(now, &rules.policy).is_some_and(|status| {
+                matches!(status.postmaster, Postmaster::Stopped { settled: true, .. })
+                    && status.control.as_ref().is_some_and(|control| control.standby)
+            })
+    });
+    match stopped {
+        Some((node, _)) => Action::Rejoin { node: node.clone(), how: Rejoin::Follow },
         None => Action::Nothing,
     }
 }

@@ -112,7 +112,11 @@ pub struct Command {
 pub enum Postmaster {
     /// Not running. `exit` says how it ended; none when this agent has not run it yet. `settled`: its last child is
     /// gone too and the control file was read.
-    Stopped { exit: Option<String>, clean: bool, settled: bool },
+    Stopped {
+        exit: Option<String>,
+        clean: bool,
+        settled: bool,
+    },
     Starting,
     Running,
     Stopping,

@@ -55,11 +55,13 @@ pub fn routes(api: Arc<Api>) -> Router {
 async fn admit(State(api): State<Arc<Api>>, request: Request, next: Next) -> Response {
     if !token::is_borne(request.headers(), &api.token) {
         api.metrics.unauthorized.inc();
-        let problem = Problem::new("unauthorized", "this needs the orchestrator's token as Authorization: Bearer");
+        let problem =
+            Problem::new("unauthorized", "this needs the orchestrator's token as Authorization: Bearer");
         return (StatusCode::UNAUTHORIZED, Json(problem)).into_response();
     }
     let Ok(_place) = api.places.try_acquire() else {
-        return (StatusCode::SERVICE_UNAVAILABLE, Json(Problem::new("busy", "too many requests at once"))).into_response();
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(Problem::new("busy", "too many requests at once")))
+            .into_response();
     };
     next.run(request).await
 }
@@ -108,8 +110,7 @@ async fn order(State(api): State<Arc<Api>>, Json(command): Json<Command>) -> Res
             };
             (status, Json(Problem::new(refusal.code, refusal.message))).into_response()
         }
-        Err(error) => {
-            (StatusCode::INTERNAL_SERVER_ERROR, Json(Problem::new("failed", error.to_string()))).into_response()
-        }
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(Problem::new("failed", error.to_string())))
+            .into_response(),
     }
 }

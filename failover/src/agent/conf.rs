@@ -76,7 +76,8 @@ impl Conf {
         };
         let kept = if names.is_some() { OURS.len() } else { OURS.len() - 1 };
         let ours = |line: &&str| OURS.iter().take(kept).any(|key| line.trim_start().starts_with(key));
-        let mut text: String = before.lines().filter(|line| !ours(line)).map(|line| format!("{line}\n")).collect();
+        let mut text: String =
+            before.lines().filter(|line| !ours(line)).map(|line| format!("{line}\n")).collect();
         let conninfo = upstream.map(|upstream| self.conninfo(upstream)).unwrap_or_default();
         let values = [conninfo.as_str(), self.node.as_str(), names.unwrap_or_default()];
         for (key, value) in OURS.into_iter().zip(values).take(kept) {

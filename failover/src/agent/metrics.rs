@@ -21,8 +21,14 @@ impl Metrics {
                 Opts::new("region_agent_orders_total", "Orders by kind and outcome"),
                 &["order", "outcome"],
             )?,
-            order_seconds: Histogram::with_opts(HistogramOpts::new("region_agent_order_seconds", "Time to carry an order out"))?,
-            unauthorized: prometheus::IntCounter::new("region_agent_unauthorized_total", "Requests without the token")?,
+            order_seconds: Histogram::with_opts(HistogramOpts::new(
+                "region_agent_order_seconds",
+                "Time to carry an order out",
+            ))?,
+            unauthorized: prometheus::IntCounter::new(
+                "region_agent_unauthorized_total",
+                "Requests without the token",
+            )?,
             up: IntGauge::new("region_agent_postgres_up", "1 while the postmaster runs and answers")?,
             writable: IntGauge::new("region_agent_postgres_writable", "1 while Postgres is not in recovery")?,
         };

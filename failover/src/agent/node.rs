@@ -58,7 +58,9 @@ impl Postgres {
             .with_context(|| format!("create {} (region_agent.state)", settings.state.display()))?;
         let path = settings.state.join("agent.json");
         let durable: Durable = match std::fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))?,
+            Ok(text) => {
+                serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))?
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Durable::default(),
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
@@ -82,7 +84,10 @@ impl Postgres {
         let deadline = tokio::time::Instant::now() + self.settings.grace;
         while let Some(pid) = procs::inside(&self.settings.data).first() {
             if tokio::time::Instant::now() > deadline {
-                bail!("process {pid} runs in {}: stop it, the agent must be its parent", self.settings.data.display());
+                bail!(
+                    "process {pid} runs in {}: stop it, the agent must be its parent",
+                    self.settings.data.display()
+                );
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -111,7 +116,11 @@ impl Postgres {
     }
 
     fn save(&self, durable: &Durable) -> anyhow::Result<()> {
-        store::write(&self.settings.state, "agent.json", &serde_json::to_vec(durable).context("write agent.json")?)
+        store::write(
+            &self.settings.state,
+            "agent.json",
+            &serde_json::to_vec(durable).context("write agent.json")?,
+        )
     }
 
     fn set_rebuilding(&self, rebuilding: Option<Rejoin>) -> anyhow::Result<()> {
@@ -142,7 +151,11 @@ impl Postgres {
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub fn configure(&self, upstream: Option<&Upstream>, wait_for: Option<&BTreeSet<Node>>) -> anyhow::Result<()> {
+    pub fn configure(
+        &self,
+        upstream: Option<&Upstream>,
+        wait_for: Option<&BTreeSet<Node>>,
+    ) -> anyhow::Result<()> {
         let names = wait_for.map(names);
         self.conf.write(upstream, names.as_deref())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
@@ -183,7 +196,6 @@ impl Postgres {
         let tool = self.clone_for_tools();
         self.tasks.spawn(async move {
             let status = child.wait().await;
-            *slot.lock().unwrap_or_else(PoisonError::into_inner) = None;
             let (clean, exit) = match &status {
                 Ok(status) => (status.success(), status.to_string()),
                 Err(error) => (false, error.to_string()),
@@ -192,13 +204,21 @@ impl Postgres {
             if !asked {
                 tracing::error!(exit, "the postmaster ended unasked");
             }
-            // Said at once; what its control file holds follows when its last child is gone.
-            shared.postmaster(Postmaster::Stopped { exit: Some(exit), clean, settled: false }, None);
+            // Said at once; what its control file holds follows when its last child is gone. Under the lock, so that
+            // an order to stop that comes now cannot have the last word.
+            {
+                let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+                *slot = None;
+                shared.postmaster(Postmaster::Stopped { exit: Some(exit), clean, settled: false }, None);
+            }
             let life = shared.life();
             if let Err(error) = procs::sweep(&tool.settings.data).await {
                 tracing::error!(error = format!("{error:#}"), "children of the postmaster stay");
             }
-            let control = tool.control().await.map_err(|error| tracing::warn!(error = format!("{error:#}"), "no control data"));
+            let control = tool
+                .control()
+                .await
+                .map_err(|error| tracing::warn!(error = format!("{error:#}"), "no control data"));
             shared.control(life, control.ok().flatten());
         });
         Ok(())
@@ -210,20 +230,16 @@ impl Postgres {
             Stop::Fast => Signal::SIGINT,
             Stop::Immediate => Signal::SIGQUIT,
         };
-        let runs = self.pid.lock().unwrap_or_else(PoisonError::into_inner).is_some();
-        if runs {
+        let pid = self.pid.lock().unwrap_or_else(PoisonError::into_inner);
+        if pid.is_some() {
             self.shared.postmaster(Postmaster::Stopping, None);
         }
-        self.signal(signal)
+        send(*pid, signal)
     }
 
     /// True when there was a postmaster to signal.
     pub fn signal(&self, signal: Signal) -> bool {
-        let pid = self.pid.lock().unwrap_or_else(PoisonError::into_inner);
-        match *pid {
-            Some(pid) => kill(pid, signal).map_err(|error| tracing::warn!(%pid, %signal, %error, "not signalled")).is_ok(),
-            None => false,
-        }
+        send(*self.pid.lock().unwrap_or_else(PoisonError::into_inner), signal)
     }
 
     /// Rewrites the data of a stopped node from `upstream`; the role has to be written anew afterwards.
@@ -239,7 +255,10 @@ impl Postgres {
             Rejoin::Clone => self.clone_from(upstream, limit).await,
         };
         if result.is_err() {
-            self.shared.postmaster(Postmaster::Stopped { exit: Some(format!("{how:?} failed")), clean: false, settled: true }, None);
+            self.shared.postmaster(
+                Postmaster::Stopped { exit: Some(format!("{how:?} failed")), clean: false, settled: true },
+                None,
+            );
         }
         result
     }
@@ -301,12 +320,22 @@ impl Postgres {
     }
 
     fn clone_for_tools(&self) -> Tools {
-        Tools { settings: self.settings.clone(), conf: self.conf.clone(), shared: self.shared.clone(), half_built: self.half_built().is_some() }
+        Tools {
+            settings: self.settings.clone(),
+            conf: self.conf.clone(),
+            shared: self.shared.clone(),
+            half_built: self.half_built().is_some(),
+        }
     }
 
     fn command(&self, program: &str, on_our_death: &str) -> Command {
         command(&self.settings, program, on_our_death)
     }
+}
+
+fn send(pid: Option<Pid>, signal: Signal) -> bool {
+    let Some(pid) = pid else { return false };
+    kill(pid, signal).map_err(|error| tracing::warn!(%pid, %signal, %error, "not signalled")).is_ok()
 }
 
 /// What is needed to read the control file.
@@ -338,7 +367,9 @@ impl Tools {
         let value = |name: &str| field(name).with_context(|| format!("pg_controldata says no {name:?}"));
         let system_id = value("Database system identifier")?;
         let control = Control {
-            timeline: value("Latest checkpoint's TimeLineID")?.parse().context("timeline of the control file")?,
+            timeline: value("Latest checkpoint's TimeLineID")?
+                .parse()
+                .context("timeline of the control file")?,
             checkpoint: value("Latest checkpoint location")?.parse()?,
             state: value("Database cluster state")?,
             standby: self.conf.is_standby(),

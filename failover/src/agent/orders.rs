@@ -66,7 +66,9 @@ impl Orders {
             Order::ConfirmSync { standby } => self.confirm_sync(&standby, deadline).await,
             Order::Mark { epoch } => self.mark(epoch, deadline).await,
             Order::Lead { wait_for, slots } => self.lead(self.next(), &wait_for, &slots, deadline).await,
-            Order::Stand { upstream, how, guard } => self.stand(self.next(), &upstream, how, guard, deadline).await,
+            Order::Stand { upstream, how, guard } => {
+                self.stand(self.next(), &upstream, how, guard, deadline).await
+            }
             Order::Detach => self.detach(self.next(), deadline).await,
             Order::Halt { how } => {
                 self.next();
@@ -77,7 +79,9 @@ impl Orders {
         let took = started.elapsed();
         match &result {
             Ok(_) => tracing::info!(order = name, epoch = command.epoch, ?took, "order carried out"),
-            Err(refusal) => tracing::warn!(order = name, epoch = command.epoch, ?took, code = refusal.code, %refusal, "order not carried out"),
+            Err(refusal) => {
+                tracing::warn!(order = name, epoch = command.epoch, ?took, code = refusal.code, %refusal, "order not carried out")
+            }
         }
         result
     }
@@ -92,7 +96,10 @@ impl Orders {
             return Err(Refusal::new("superseded", "a newer order came"));
         }
         if Instant::now() >= deadline {
-            return Err(Refusal::new("timeout", format!("not within the time; the node is {:?}", self.status().postmaster)));
+            return Err(Refusal::new(
+                "timeout",
+                format!("not within the time; the node is {:?}", self.status().postmaster),
+            ));
         }
         Ok(())
     }
@@ -131,7 +138,8 @@ impl Orders {
             let _turn = self.turn.lock().await;
             self.check(number, deadline)?;
             // Turning waiting on takes effect when the checkpointer has seen it; not to be relied on while it is busy.
-            hurdle |= !wait_for.is_empty() && status.sample.as_ref().is_some_and(|sample| sample.wait_for.is_empty());
+            hurdle |= !wait_for.is_empty()
+                && status.sample.as_ref().is_some_and(|sample| sample.wait_for.is_empty());
             if status.is_stopped() && status.control.is_none() {
                 return Err(Refusal::new("no_data", "there is no usable data to lead with"));
             }
@@ -144,7 +152,10 @@ impl Orders {
         loop {
             self.check(number, deadline)?;
             if self.status().is_stopped() {
-                return Err(Refusal::new("ended", format!("Postgres ended: {:?}{}", self.status().postmaster, self.log())));
+                return Err(Refusal::new(
+                    "ended",
+                    format!("Postgres ended: {:?}{}", self.status().postmaster, self.log()),
+                ));
             }
             match self.try_lead(wait_for, hurdle, &mut asked).await {
                 Ok(Some((session, sample))) => {
@@ -202,7 +213,9 @@ impl Orders {
         let mut status = self.quiet(number, deadline).await?;
         if how != Rejoin::Follow {
             self.is_primary(upstream).await?;
-            if how == Rejoin::Rewind && (self.node.half_built().is_some() || status.is_stopped() && status.control.is_none()) {
+            if how == Rejoin::Rewind
+                && (self.node.half_built().is_some() || status.is_stopped() && status.control.is_none())
+            {
                 return Err(Refusal::new("half_built", "the data cannot be rewound; only a clone helps"));
             }
             if !status.is_stopped() {
@@ -241,12 +254,18 @@ impl Orders {
                 break;
             }
             if status.is_stopped() {
-                return Err(Refusal::new("ended", format!("Postgres ended: {:?}{}", status.postmaster, self.log())));
+                return Err(Refusal::new(
+                    "ended",
+                    format!("Postgres ended: {:?}{}", status.postmaster, self.log()),
+                ));
             }
             // Crash recovery takes its time; only a standby that answers can be blamed for not streaming.
             let limit = if status.postmaster == Postmaster::Starting { deadline } else { patience };
             if Instant::now() >= limit {
-                return Err(Refusal::new("not_streaming", format!("it does not stream from {}:{}{}", upstream.host, upstream.port, self.log())));
+                return Err(Refusal::new(
+                    "not_streaming",
+                    format!("it does not stream from {}:{}{}", upstream.host, upstream.port, self.log()),
+                ));
             }
             self.check(number, deadline)?;
             self.node.shared.newer_than(status.seq, Duration::from_millis(100)).await;
@@ -324,7 +343,10 @@ impl Orders {
     pub async fn halt(&self, how: Stop, deadline: Instant) -> Result<NodeStatus, Refusal> {
         self.node.halt(how);
         let settled = |status: &NodeStatus| {
-            matches!(status.postmaster, Postmaster::Stopped { settled: true, .. } | Postmaster::Rebuilding { .. })
+            matches!(
+                status.postmaster,
+                Postmaster::Stopped { settled: true, .. } | Postmaster::Rebuilding { .. }
+            )
         };
         let left = |until: Instant| until.saturating_duration_since(Instant::now());
         let patience = if how == Stop::Immediate { IMMEDIATE } else { left(deadline) };
@@ -342,7 +364,12 @@ impl Orders {
             .map_err(|status| Refusal::new("timeout", format!("still {:?}", status.postmaster)))
     }
 
-    async fn wait_for(&self, number: u64, nodes: &BTreeSet<Node>, deadline: Instant) -> Result<NodeStatus, Refusal> {
+    async fn wait_for(
+        &self,
+        number: u64,
+        nodes: &BTreeSet<Node>,
+        deadline: Instant,
+    ) -> Result<NodeStatus, Refusal> {
         let status = self.quiet(number, deadline).await?;
         {
             let _turn = self.turn.lock().await;
@@ -393,7 +420,10 @@ impl Orders {
                 return Ok(self.status());
             }
             if Instant::now() >= deadline {
-                return Err(Refusal::new("timeout", format!("{standby} has {}, not {target}", found.flushed)));
+                return Err(Refusal::new(
+                    "timeout",
+                    format!("{standby} has {}, not {target}", found.flushed),
+                ));
             }
             sleep(LOOK).await;
         }
@@ -417,7 +447,8 @@ impl Orders {
 
     fn log(&self) -> String {
         let text = std::fs::read(&self.node.settings().postgres_log).unwrap_or_default();
-        let text = String::from_utf8_lossy(text.get(text.len().saturating_sub(4096)..).unwrap_or_default()).into_owned();
+        let text = String::from_utf8_lossy(text.get(text.len().saturating_sub(4096)..).unwrap_or_default())
+            .into_owned();
         let lines: Vec<&str> = text.lines().collect();
         let last = lines.get(lines.len().saturating_sub(6)..).unwrap_or_default();
         format!("; end of its log: {}", last.join(" | "))

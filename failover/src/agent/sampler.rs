@@ -30,11 +30,15 @@ INSERT INTO tier0_failover.marker (number) VALUES (0) ON CONFLICT DO NOTHING;
 #[must_use]
 pub fn grants(role: &str) -> String {
     let role = role.replace('"', "\"\"");
-    ["pg_ls_dir(text, boolean, boolean)", "pg_stat_file(text, boolean)", "pg_read_binary_file(text)",
-        "pg_read_binary_file(text, bigint, bigint, boolean)"]
-        .iter()
-        .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO \"{role}\";\n"))
-        .collect()
+    [
+        "pg_ls_dir(text, boolean, boolean)",
+        "pg_stat_file(text, boolean)",
+        "pg_read_binary_file(text)",
+        "pg_read_binary_file(text, bigint, bigint, boolean)",
+    ]
+    .iter()
+    .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO \"{role}\";\n"))
+    .collect()
 }
 
 /// Samples until the token is cancelled.
@@ -70,7 +74,11 @@ pub async fn sample(
         }
         let current = match session.take().filter(|(of, _)| *of == life) {
             Some((_, session)) => Some(session),
-            None => local.open().await.map_err(|error| tracing::debug!(error = format!("{error:#}"), "no session")).ok(),
+            None => local
+                .open()
+                .await
+                .map_err(|error| tracing::debug!(error = format!("{error:#}"), "no session"))
+                .ok(),
         };
         pause = RECONNECT;
         if let Some(current) = current {
@@ -130,10 +138,9 @@ pub async fn mark(
             continue;
         }
         loop {
-            let next = session.client.query_one(
-                "UPDATE tier0_failover.marker SET number = number + 1 RETURNING number",
-                &[],
-            );
+            let next = session
+                .client
+                .query_one("UPDATE tier0_failover.marker SET number = number + 1 RETURNING number", &[]);
             let marked = tokio::select! {
                 () = shutdown.cancelled() => return,
                 marked = next => marked,

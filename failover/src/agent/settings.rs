@@ -91,7 +91,9 @@ impl Settings for AgentSettings {
         if agent.node.is_empty() || agent.node.len() > 60 || !agent.node.chars().all(plain) {
             return Err("region_agent.node must be lower-case letters, digits and _ (it names a slot)".into());
         }
-        for (key, value) in [("password", &agent.password), ("replication_password", &agent.replication_password)] {
+        for (key, value) in
+            [("password", &agent.password), ("replication_password", &agent.replication_password)]
+        {
             if value.is_empty() {
                 return Err(format!("region_agent.{key} must be set"));
             }

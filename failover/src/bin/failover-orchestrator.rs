@@ -24,14 +24,17 @@ use service::{http, process};
 /// Watches the regions' Postgres through their agents, fails over when the primary is gone, and serves the API on
 /// port 8003. Writers do not need it to be alive.
 #[derive(Parser)]
-#[command(version, after_help = "Examples:
+#[command(
+    version,
+    after_help = "Examples:
   TIER0__ORCHESTRATOR__TOKEN_FILE=/run/secrets/failover TIER0__ORCHESTRATOR__AGENT_TOKEN_FILE=/run/secrets/agents \\
   failover-orchestrator --config config/tier0.toml
   curl -H \"Authorization: Bearer $TOKEN\" -X POST 'http://127.0.0.1:8003/failover/region2?dry_run=true'
   failover-orchestrator --print-config
 
 A second one on the same directory refuses to start. kill -9 at any moment is harmless: a failover under way is finished
-or undone at the next start. Exit status: 0 ended when asked, 1 failed, 78 bad settings.")]
+or undone at the next start. Exit status: 0 ended when asked, 1 failed, 78 bad settings."
+)]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,
@@ -73,14 +76,23 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
             seconds,
         };
         let probing = probe.run(shutdown.clone());
-        process.start(format!("probe-{node}"), async { probing.await; Ok(()) });
+        process.start(format!("probe-{node}"), async {
+            probing.await;
+            Ok(())
+        });
         let watching = watch::agent(node.clone(), remote.clone(), own.heartbeat, shutdown.clone());
-        process.start(format!("watch-{node}"), async { watching.await; Ok(()) });
+        process.start(format!("watch-{node}"), async {
+            watching.await;
+            Ok(())
+        });
     }
     let (seen_redis, redis_report) = tokio::sync::watch::channel(redis::unseen(redis.is_some()));
     if let Some(redis) = redis.clone() {
         let watching = redis::watch(redis, seen_redis, metrics.redis_up.clone(), shutdown.clone());
-        process.start("watch-redis", async { watching.await; Ok(()) });
+        process.start("watch-redis", async {
+            watching.await;
+            Ok(())
+        });
     }
     let (asked, questions) = tokio::sync::mpsc::channel(8);
     let engine = Engine {

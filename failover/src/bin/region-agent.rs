@@ -22,13 +22,16 @@ use tokio_util::task::TaskTracker;
 /// Runs one Postgres: starts, stops, promotes, rewinds and clones it when the orchestrator orders so, and reports every
 /// change at once. It starts nothing by itself.
 #[derive(Parser)]
-#[command(version, after_help = "Examples:
+#[command(
+    version,
+    after_help = "Examples:
   TIER0__REGION_AGENT__TOKEN_FILE=/run/secrets/agent TIER0__REGION_AGENT__PASSWORD_FILE=/run/secrets/postgres \\
   TIER0__REGION_AGENT__REPLICATION_PASSWORD_FILE=/run/secrets/replicator region-agent --config config/tier0.toml
   region-agent --print-config
 
 SIGTERM stops its Postgres (fast) and ends. When the agent dies otherwise, the kernel tells Postgres to stop.
-Exit status: 0 ended when asked, 1 failed, 78 bad settings.")]
+Exit status: 0 ended when asked, 1 failed, 78 bad settings."
+)]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,
@@ -54,11 +57,18 @@ async fn run(settings: AgentSettings) -> anyhow::Result<()> {
     let api = Arc::new(Api::new(orders, agent.token.clone(), tasks, Metrics::new(&registry)?));
     process.serve(listener, http::routes(registry, health.clone()).merge(api::routes(api.clone())));
     let shutdown = process.shutdown();
-    let sampling = sampler::sample(shared.clone(), local.clone(), ready, agent.sample_every, shutdown.clone());
-    process.start("sampler", async { sampling.await; Ok(()) });
+    let sampling =
+        sampler::sample(shared.clone(), local.clone(), ready, agent.sample_every, shutdown.clone());
+    process.start("sampler", async {
+        sampling.await;
+        Ok(())
+    });
     let role = agent.replication_user.clone();
     let marking = sampler::mark(shared, local, role, agent.mark_every, shutdown.clone());
-    process.start("marker", async { marking.await; Ok(()) });
+    process.start("marker", async {
+        marking.await;
+        Ok(())
+    });
     let grace = agent.grace;
     process.start("postgres", async move {
         shutdown.cancelled().await;

@@ -118,7 +118,12 @@ async fn admit(State(api): State<Arc<Api>>, request: Request<Body>, next: Next) 
         return problem(401, "unauthorized", message, serde_json::Value::Null);
     }
     if !api.bucket.take() {
-        return problem(429, "too_many_requests", "too many requests; wait a moment", serde_json::Value::Null);
+        return problem(
+            429,
+            "too_many_requests",
+            "too many requests; wait a moment",
+            serde_json::Value::Null,
+        );
     }
     next.run(request).await
 }
@@ -171,7 +176,9 @@ pub async fn history(State(api): State<Arc<Api>>, Query(query): Query<HistoryQue
     let failovers = history.entries().iter().rev().take(limit).map(report::report).collect();
     let verification = match query.verify.then(|| history.verify()).transpose() {
         Ok(verification) => verification,
-        Err(error) => return problem(500, "history_unreadable", format!("{error:#}"), serde_json::Value::Null),
+        Err(error) => {
+            return problem(500, "history_unreadable", format!("{error:#}"), serde_json::Value::Null);
+        }
     };
     Json(HistoryReport { failovers, verification }).into_response()
 }
@@ -265,7 +272,12 @@ pub async fn failover(
     match answer {
         Some(Ok(entry)) => done(&report::report(&entry)),
         Some(Err(denied)) => refuse(&denied),
-        None => problem(503, "busy", "the orchestrator is starting, busy or ending; try again", serde_json::Value::Null),
+        None => problem(
+            503,
+            "busy",
+            "the orchestrator is starting, busy or ending; try again",
+            serde_json::Value::Null,
+        ),
     }
 }
 
@@ -297,7 +309,11 @@ fn plan(api: &Api, question: &Question) -> Response {
     }
     let earlier: Vec<f64> = {
         let history = api.history.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = history.entries().iter().rev().filter(|entry| entry.success && Some(entry.operation.kind) == kind);
+        let same = history
+            .entries()
+            .iter()
+            .rev()
+            .filter(|entry| entry.success && Some(entry.operation.kind) == kind);
         same.take(20).map(|entry| entry.total_duration_ms).collect()
     };
     Json(Plan {

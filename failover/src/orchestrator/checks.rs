@@ -76,7 +76,9 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
     let source = view.node(primary);
     let source_lsn = source.map(|seen| seen.lsn()).unwrap_or_default();
     let lag = source_lsn.since(seen.map(|seen| seen.lsn()).unwrap_or_default());
-    let sync_detail = || format!("{target} is not known to hold every acknowledged commit (sync set: {:?})", state.sync_set);
+    let sync_detail = || {
+        format!("{target} is not known to hold every acknowledged commit (sync set: {:?})", state.sync_set)
+    };
     let mut bytes_at_risk = 0;
     let kind = match condition {
         Condition::Alive => {
@@ -94,10 +96,20 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
             bench.check("target_in_sync", in_sync || question.force, 412, "target_not_in_sync", || {
                 format!("{}; wait, or add force=true: what it has is checked after the stop", sync_detail())
             });
-            bench.check("target_lag", lag <= policy.max_lag_bytes || question.force, 412, "target_lagging", || {
-                format!("{target} is {lag} bytes behind (limit {}); wait, or add force=true", policy.max_lag_bytes)
-            });
-            let paused = seen.and_then(|seen| seen.sample(now, policy)).is_some_and(|sample| sample.replay_paused);
+            bench.check(
+                "target_lag",
+                lag <= policy.max_lag_bytes || question.force,
+                412,
+                "target_lagging",
+                || {
+                    format!(
+                        "{target} is {lag} bytes behind (limit {}); wait, or add force=true",
+                        policy.max_lag_bytes
+                    )
+                },
+            );
+            let paused =
+                seen.and_then(|seen| seen.sample(now, policy)).is_some_and(|sample| sample.replay_paused);
             bench.check("target_replays", !paused || question.force, 412, "target_paused", || {
                 format!("replay on {target} is paused; resume it or add force=true")
             });
@@ -119,7 +131,9 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
             if in_sync { Kind::Unplanned } else { Kind::Forced }
         }
         Condition::Standby => {
-            bench.check("primary", false, 409, "under_way", || format!("{primary} is being brought into office"));
+            bench.check("primary", false, 409, "under_way", || {
+                format!("{primary} is being brought into office")
+            });
             Kind::Planned
         }
         Condition::Uncertain(reason) => {
@@ -152,11 +166,17 @@ pub fn wait_for_after(
         .nodes
         .iter()
         .filter(|(node, seen)| {
-            *node != target && **node != state.primary && seen.is_candidate(now, &rules.policy, &state.system_id)
+            *node != target
+                && **node != state.primary
+                && seen.is_candidate(now, &rules.policy, &state.system_id)
         })
         .map(|(node, _)| node.clone())
         .collect();
-    if others.is_empty() && rules.copies == Copies::TwoCopies { [state.primary.clone()].into() } else { others }
+    if others.is_empty() && rules.copies == Copies::TwoCopies {
+        [state.primary.clone()].into()
+    } else {
+        others
+    }
 }
 
 #[derive(Debug, Default)]

@@ -38,8 +38,17 @@ const CHECKPOINT: Duration = Duration::from_secs(120);
 /// What a person asks the engine to do.
 #[derive(Debug)]
 pub enum Asked {
-    Change { question: Question, answered: Option<Answered>, id: String, actor: String, reply: oneshot::Sender<Result<Box<Entry>, Denied>> },
-    Mode { mode: Mode, reply: oneshot::Sender<State> },
+    Change {
+        question: Question,
+        answered: Option<Answered>,
+        id: String,
+        actor: String,
+        reply: oneshot::Sender<Result<Box<Entry>, Denied>>,
+    },
+    Mode {
+        mode: Mode,
+        reply: oneshot::Sender<State>,
+    },
 }
 
 /// An order of the upkeep that came back.
@@ -73,7 +82,12 @@ impl Engine {
         let found = self.remote.store().load()?;
         let mut state = match found {
             Some(state) => {
-                tracing::info!(primary = state.primary, epoch = state.epoch, operation = state.operation.is_some(), "state found");
+                tracing::info!(
+                    primary = state.primary,
+                    epoch = state.epoch,
+                    operation = state.operation.is_some(),
+                    "state found"
+                );
                 self.remote.found(&state);
                 state
             }
@@ -106,7 +120,11 @@ impl Engine {
         loop {
             match start::first_state(&watched.view(), &self.rules, &self.first_primary, watched.now()) {
                 Ok(state) => {
-                    tracing::warn!(primary = state.primary, epoch = state.epoch, "no state found: first start");
+                    tracing::warn!(
+                        primary = state.primary,
+                        epoch = state.epoch,
+                        "no state found: first start"
+                    );
                     self.remote.save(&state)?;
                     return Ok(Some(state));
                 }
@@ -152,7 +170,8 @@ impl Engine {
                 tracing::error!(target, reason, "failing over");
                 let question = Question { target: target.clone(), ..Question::default() };
                 let id = new_id();
-                self.change(state, &question, Kind::Unplanned, id, "automatic".into(), reason.clone(), 0).await?;
+                self.change(state, &question, Kind::Unplanned, id, "automatic".into(), reason.clone(), 0)
+                    .await?;
             }
             _ => self.send(state, action, orders)?,
         }
@@ -208,11 +227,17 @@ impl Engine {
             Err(error) => {
                 tracing::warn!(?action, node, %error, "upkeep failed");
                 // One that was overtaken by a newer order says nothing about its own way.
+                // And without a primary there was nothing to stream from.
+                let alone = self.remote.watched.view().condition(&state.primary, now, &self.rules.policy)
+                    != Condition::Alive;
                 let overtaken = epoch != state.epoch
+                    || alone
                     || matches!(&error, OrderError::Refused { code, .. } if code == "superseded" || code == "old_epoch");
                 self.remote.watched.note(&node, |seen| {
                     seen.busy = false;
-                    if let (Action::Rejoin { how, .. }, OrderError::Refused { .. }, false) = (&action, &error, overtaken) {
+                    if let (Action::Rejoin { how, .. }, OrderError::Refused { .. }, false) =
+                        (&action, &error, overtaken)
+                    {
                         seen.failed = Some(*how);
                     }
                     if !overtaken {
@@ -244,7 +269,10 @@ impl Engine {
                             state.remember(answered);
                         }
                         let reason = "asked for".to_owned();
-                        Ok(Box::new(self.change(state, &question, kind, id, actor, reason, verdict.bytes_at_risk).await?))
+                        Ok(Box::new(
+                            self.change(state, &question, kind, id, actor, reason, verdict.bytes_at_risk)
+                                .await?,
+                        ))
                     }
                 };
                 // Whoever asked may be gone; the answer is in the history.
@@ -316,14 +344,22 @@ impl Engine {
         let mut passed = self.remote.passed.subscribe();
         let redis = async {
             let redis = self.redis.as_ref()?;
-            passed.wait_for(|step| !matches!(step.as_str(), "" | "journal" | "prepare" | "fence")).await.ok()?;
+            passed
+                .wait_for(|step| !matches!(step.as_str(), "" | "journal" | "prepare" | "fence"))
+                .await
+                .ok()?;
             let started = Instant::now();
             let (status, detail) = match redis.follow(target).await {
                 Ok(moved) => match moved.is_master.zip(moved.sentinel_agrees) {
-                    Some((master, agrees)) => ("done", format!(
-                        "Redis of {} is master after {} ms, Sentinel says so after {} ms",
-                        moved.to, master.as_millis(), agrees.as_millis()
-                    )),
+                    Some((master, agrees)) => (
+                        "done",
+                        format!(
+                            "Redis of {} is master after {} ms, Sentinel says so after {} ms",
+                            moved.to,
+                            master.as_millis(),
+                            agrees.as_millis()
+                        ),
+                    ),
                     None => ("done", format!("Redis of {} is master already", moved.to)),
                 },
                 Err(error) => ("failed", format!("{error:#}")),
@@ -367,10 +403,16 @@ impl Engine {
         let decided = operation.is_decided();
         match &failure {
             None => tracing::warn!(
-                source = operation.source, target = operation.target, gap_ms = operation.write_gap_ms, "failover done"
+                source = operation.source,
+                target = operation.target,
+                gap_ms = operation.write_gap_ms,
+                "failover done"
             ),
             Some(failure) => tracing::error!(
-                step = failure.step.name(), error = failure.error, rolled_back = failure.rolled_back, "failover failed"
+                step = failure.step.name(),
+                error = failure.error,
+                rolled_back = failure.rolled_back,
+                "failover failed"
             ),
         }
         let entry = {

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use prometheus::{Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
+use prometheus::{
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+};
 
 use crate::history::Entry;
 use crate::orchestrator::report::NodeReport;
@@ -40,31 +43,56 @@ impl Metrics {
             HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.clone()), labels)
         };
         let metrics = Self {
-            duration: histogram("failover_duration_seconds", "Duration of each phase, and of all as phase=total", &["phase"])?,
+            duration: histogram(
+                "failover_duration_seconds",
+                "Duration of each phase, and of all as phase=total",
+                &["phase"],
+            )?,
             failovers: IntCounterVec::new(
                 Opts::new("failover_failovers_total", "Changes of the primary by kind and outcome"),
                 &["kind", "outcome"],
             )?,
             write_gap: prometheus::Histogram::with_opts(
-                HistogramOpts::new("failover_write_gap_seconds", "From the source's end to the first commit on the target")
-                    .buckets(buckets.clone()),
+                HistogramOpts::new(
+                    "failover_write_gap_seconds",
+                    "From the source's end to the first commit on the target",
+                )
+                .buckets(buckets.clone()),
             )?,
             last_total: Gauge::new("failover_last_total_seconds", "Total duration of the last failover")?,
-            lag_bytes: GaugeVec::new(Opts::new("failover_replication_lag_bytes", "WAL the standby has not flushed"), &["node"])?,
-            role: IntGaugeVec::new(Opts::new("failover_node_role", "1 for the role a node has"), &["node", "role"])?,
+            lag_bytes: GaugeVec::new(
+                Opts::new("failover_replication_lag_bytes", "WAL the standby has not flushed"),
+                &["node"],
+            )?,
+            role: IntGaugeVec::new(
+                Opts::new("failover_node_role", "1 for the role a node has"),
+                &["node", "role"],
+            )?,
             agent_silence: GaugeVec::new(
                 Opts::new("failover_agent_silence_seconds", "Since the agent last answered"),
                 &["node"],
             )?,
             probe: histogram("failover_probe_seconds", "Time Postgres took to answer our probe", &["node"])?,
-            sync_set: IntGauge::new("failover_sync_set_size", "Standbys that hold every acknowledged commit")?,
+            sync_set: IntGauge::new(
+                "failover_sync_set_size",
+                "Standbys that hold every acknowledged commit",
+            )?,
             wait_for: IntGauge::new("failover_wait_for_size", "Standbys each commit waits for")?,
             epoch: IntGauge::new("failover_epoch", "Number of the current configuration")?,
             auto: IntGauge::new("failover_mode_auto", "1 in mode auto, 0 when paused")?,
             alarms: IntGauge::new("failover_alarms", "Alarms as shown by GET /status")?,
-            actions: IntCounterVec::new(Opts::new("failover_actions_total", "Upkeep by action and outcome"), &["action", "outcome"])?,
-            redis_up: IntGauge::new("failover_redis_master_known", "1 while a Sentinel tells the Redis master")?,
-            unauthorized: IntCounter::new("failover_unauthorized_total", "Requests with no or a wrong token")?,
+            actions: IntCounterVec::new(
+                Opts::new("failover_actions_total", "Upkeep by action and outcome"),
+                &["action", "outcome"],
+            )?,
+            redis_up: IntGauge::new(
+                "failover_redis_master_known",
+                "1 while a Sentinel tells the Redis master",
+            )?,
+            unauthorized: IntCounter::new(
+                "failover_unauthorized_total",
+                "Requests with no or a wrong token",
+            )?,
         };
         registry.register(Box::new(metrics.duration.clone()))?;
         registry.register(Box::new(metrics.failovers.clone()))?;
@@ -115,7 +143,8 @@ impl Metrics {
             }
             #[allow(clippy::cast_precision_loss, reason = "a lag of 2^53 bytes would be shown inexactly")]
             self.lag_bytes.with_label_values(&[name]).set(node.lag_bytes.unwrap_or(0) as f64);
-            let silence = node.agent_last_seen_ms.map_or(f64::INFINITY, |ms| Duration::from_millis(ms).as_secs_f64());
+            let silence =
+                node.agent_last_seen_ms.map_or(f64::INFINITY, |ms| Duration::from_millis(ms).as_secs_f64());
             self.agent_silence.with_label_values(&[name]).set(silence);
         }
     }

@@ -7,7 +7,10 @@ use crate::orchestrator::api;
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "Tier0 failover orchestrator", description = "Regional failover in under five seconds, with nothing acknowledged lost."),
+    info(
+        title = "Tier0 failover orchestrator",
+        description = "Regional failover in under five seconds, with nothing acknowledged lost."
+    ),
     paths(api::status, api::history, api::failover, api::mode),
     components(schemas(api::Plan))
 )]

@@ -11,8 +11,8 @@ use fred::clients::Client;
 use fred::interfaces::ClientLike;
 use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, ServerConfig};
 use fred::types::{ClusterHash, CustomCommand, Value};
-use service::secret::Secret;
 use prometheus::IntGauge;
+use service::secret::Secret;
 use tokio::sync::watch as channel;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -72,7 +72,9 @@ impl Redis {
         for sentinel in &self.sentinels {
             match self.master_by(sentinel).await {
                 Ok(master) => return Ok(master),
-                Err(error) => failure = error.context(format!("Sentinel {}:{}", sentinel.host, sentinel.port)),
+                Err(error) => {
+                    failure = error.context(format!("Sentinel {}:{}", sentinel.host, sentinel.port))
+                }
             }
         }
         Err(failure)
@@ -87,7 +89,8 @@ impl Redis {
 
     async fn ask_master(&self, client: &Client) -> anyhow::Result<Upstream> {
         let answer = command(client, "SENTINEL", &["get-master-addr-by-name", &self.master]).await?;
-        let pair: (String, u16) = answer.convert().with_context(|| format!("no master named {}", self.master))?;
+        let pair: (String, u16) =
+            answer.convert().with_context(|| format!("no master named {}", self.master))?;
         Ok(Upstream { host: pair.0, port: pair.1 })
     }
 
@@ -102,7 +105,8 @@ impl Redis {
     /// # Errors
     /// When it is not within 4 s; the message says how far it came.
     pub async fn follow(&self, region: &str) -> anyhow::Result<Moved> {
-        let target = self.instances.get(region).with_context(|| format!("redis.instances has none in {region}"))?;
+        let target =
+            self.instances.get(region).with_context(|| format!("redis.instances has none in {region}"))?;
         let started = Instant::now();
         let deadline = started + FAILOVER;
         let mut failure = anyhow!("there is no Sentinel");
@@ -117,7 +121,13 @@ impl Redis {
             let moved = self.move_by(&client, target, started, deadline).await;
             close(client).await;
             match moved {
-                Ok(times) => return Ok(Moved { to: region.to_owned(), is_master: times.map(|t| t.0), sentinel_agrees: times.map(|t| t.1) }),
+                Ok(times) => {
+                    return Ok(Moved {
+                        to: region.to_owned(),
+                        is_master: times.map(|t| t.0),
+                        sentinel_agrees: times.map(|t| t.1),
+                    });
+                }
                 Err(error) => failure = error,
             }
             if Instant::now() >= deadline {
@@ -154,7 +164,12 @@ impl Redis {
                 return Ok(Some((since, started.elapsed())));
             }
             if Instant::now() >= deadline {
-                bail!("after {FAILOVER:?} {}:{} is {}", target.host, target.port, if is_master.is_some() { "master, but Sentinel does not say so" } else { "not master" });
+                bail!(
+                    "after {FAILOVER:?} {}:{} is {}",
+                    target.host,
+                    target.port,
+                    if is_master.is_some() { "master, but Sentinel does not say so" } else { "not master" }
+                );
             }
             sleep(LOOK).await;
         }
@@ -187,7 +202,10 @@ async fn open(address: &Upstream, password: &Secret) -> anyhow::Result<Client> {
         ..ConnectionConfig::default()
     };
     let client = Client::new(config, Some(performance), Some(connection), None);
-    timeout(LIMIT, client.init()).await.map_err(|_| anyhow!("no session within {LIMIT:?}"))?.context("connect")?;
+    timeout(LIMIT, client.init())
+        .await
+        .map_err(|_| anyhow!("no session within {LIMIT:?}"))?
+        .context("connect")?;
     Ok(client)
 }
 
@@ -226,7 +244,9 @@ pub async fn watch(
                 master: Some(address(&master)),
                 error: None,
             },
-            Err(error) => RedisReport { configured: true, error: Some(format!("{error:#}")), ..RedisReport::default() },
+            Err(error) => {
+                RedisReport { configured: true, error: Some(format!("{error:#}")), ..RedisReport::default() }
+            }
         };
         known.set(i64::from(report.master.is_some()));
         seen.send_replace(report);

@@ -147,7 +147,13 @@ fn full(error: &dyn std::error::Error) -> String {
 }
 
 impl Hands for Remote {
-    async fn order(&self, node: &str, epoch: u64, order: Order, limit: Duration) -> Result<NodeStatus, OrderError> {
+    async fn order(
+        &self,
+        node: &str,
+        epoch: u64,
+        order: Order,
+        limit: Duration,
+    ) -> Result<NodeStatus, OrderError> {
         let command = Command { epoch, limit_ms: millis(limit), what: order };
         let request = self.client.post(self.url(node, "/v1/orders")?).timeout(limit + TRAVEL).json(&command);
         self.answer(node, request).await

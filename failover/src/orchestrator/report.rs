@@ -177,7 +177,8 @@ pub fn nodes(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<No
         .map(|(node, seen)| {
             let status = seen.fresh(now, &rules.policy);
             let sample = status.and_then(|status| status.sample.as_ref());
-            let attached = primary.and_then(|primary| primary.standbys.iter().find(|standby| standby.node == *node));
+            let attached =
+                primary.and_then(|primary| primary.standbys.iter().find(|standby| standby.node == *node));
             let lag = attached.zip(primary).map(|(standby, primary)| primary.lsn.since(standby.flushed));
             let sync_state = if *node == state.primary {
                 "none"
@@ -251,7 +252,10 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
     }
     if state.sync_set.is_empty() {
         alarms.push(match rules.copies {
-            Copies::Available => "ONE COPY: no standby holds every acknowledged commit; automatic failover is not possible".into(),
+            Copies::Available => {
+                "ONE COPY: no standby holds every acknowledged commit; automatic failover is not possible"
+                    .into()
+            }
             Copies::TwoCopies => "no standby is in sync: commits wait until one is".into(),
         });
     }

@@ -133,9 +133,8 @@ impl Orchestrator {
                 host_port(agent)?;
                 Some((name.to_owned(), Address { postgres: host_port(postgres)?, agent: agent.to_owned() }))
             };
-            let (name, address) = parse().ok_or_else(|| {
-                format!("orchestrator.nodes: {part} is not name=HOST:PORT/AGENT_HOST:PORT")
-            })?;
+            let (name, address) = parse()
+                .ok_or_else(|| format!("orchestrator.nodes: {part} is not name=HOST:PORT/AGENT_HOST:PORT"))?;
             if addresses.insert(name, address).is_some() {
                 return Err(format!("orchestrator.nodes: {part} is there twice"));
             }
@@ -149,7 +148,8 @@ impl Orchestrator {
     /// # Errors
     /// As [`Orchestrator::addresses`].
     pub fn rules(&self) -> Result<Rules, String> {
-        let addresses = self.addresses()?.into_iter().map(|(node, address)| (node, address.postgres)).collect();
+        let addresses =
+            self.addresses()?.into_iter().map(|(node, address)| (node, address.postgres)).collect();
         Ok(Rules { policy: self.policy.clone(), copies: self.copies, addresses })
     }
 }

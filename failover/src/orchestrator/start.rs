@@ -14,7 +14,8 @@ use crate::view::View;
 pub fn first_state(view: &View, rules: &Rules, named: &str, now: Duration) -> Result<State, String> {
     let mut heard: Vec<(&Node, &NodeStatus)> = Vec::new();
     for (node, seen) in &view.nodes {
-        let status = seen.fresh(now, &rules.policy).ok_or_else(|| format!("the agent of {node} is not heard"))?;
+        let status =
+            seen.fresh(now, &rules.policy).ok_or_else(|| format!("the agent of {node} is not heard"))?;
         let settled = matches!(
             status.postmaster,
             crate::protocol::Postmaster::Running | crate::protocol::Postmaster::Stopped { settled: true, .. }
@@ -33,12 +34,17 @@ pub fn first_state(view: &View, rules: &Rules, named: &str, now: Duration) -> Re
         [] => return Err("no node's data is that of a primary; start one by hand".into()),
         several => several.iter().find(|(node, _)| *node == named).ok_or_else(|| {
             let names: Vec<&str> = several.iter().map(|(node, _)| node.as_str()).collect();
-            format!("{} all have data of a primary; name the right one in orchestrator.first_primary", names.join(", "))
+            format!(
+                "{} all have data of a primary; name the right one in orchestrator.first_primary",
+                names.join(", ")
+            )
         })?,
     };
     let wait_for = match rules.copies {
         Copies::Available => Default::default(),
-        Copies::TwoCopies => heard.iter().map(|(other, _)| (*other).clone()).filter(|other| other != *node).collect(),
+        Copies::TwoCopies => {
+            heard.iter().map(|(other, _)| (*other).clone()).filter(|other| other != *node).collect()
+        }
     };
     // Above every epoch an agent has accepted: state that was lost must not leave us powerless.
     let epoch = heard.iter().map(|(_, status)| status.epoch).max().unwrap_or(0) + 1;

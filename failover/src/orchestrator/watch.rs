@@ -61,7 +61,8 @@ impl Watched {
         self.note(&node, |seen| {
             seen.heard = Some(now);
             seen.agent_refused = false;
-            let older = seen.status.as_ref().is_some_and(|known| known.boot == status.boot && known.seq > status.seq);
+            let older =
+                seen.status.as_ref().is_some_and(|known| known.boot == status.boot && known.seq > status.seq);
             if !older {
                 seen.status = Some(status);
             }

@@ -70,13 +70,20 @@ impl Setup {
         cluster.stop().await.unwrap();
         let mut agents = Vec::new();
         for index in 0..=standbys {
-            agents.push(agent(&scratch, &cluster, index).start_on(scratch.path(), Port::free().unwrap()).await.unwrap());
+            agents.push(
+                agent(&scratch, &cluster, index)
+                    .start_on(scratch.path(), Port::free().unwrap())
+                    .await
+                    .unwrap(),
+            );
         }
         let nodes: Vec<String> = cluster
             .nodes
             .iter()
             .zip(&agents)
-            .map(|(node, agent)| format!("{}=127.0.0.1:{}/127.0.0.1:{}", node.name(), node.port(), agent.port()))
+            .map(|(node, agent)| {
+                format!("{}=127.0.0.1:{}/127.0.0.1:{}", node.name(), node.port(), agent.port())
+            })
             .collect();
         let mut launch = Launch::new("failover-orchestrator")
             .set("orchestrator.dir", scratch.path().join("orchestrator").display())
@@ -118,7 +125,8 @@ fn agent(scratch: &Scratch, cluster: &Cluster, index: usize) -> Launch {
 
 impl Fixture {
     pub(crate) fn database(&self) -> DatabaseSettings {
-        let hosts: Vec<String> = self.cluster.nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())).collect();
+        let hosts: Vec<String> =
+            self.cluster.nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())).collect();
         DatabaseSettings {
             hosts: hosts.join(","),
             password: Secret::new(self.cluster.primary().passwords().of(Role::Owner)),
@@ -133,7 +141,13 @@ impl Fixture {
         self.launch.clone()
     }
 
-    pub(crate) async fn call(&self, method: Method, path: &str, token: Option<&str>, body: Option<Value>) -> (u16, Value) {
+    pub(crate) async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        token: Option<&str>,
+        body: Option<Value>,
+    ) -> (u16, Value) {
         self.call_with(method, path, token, body, &[]).await
     }
 
@@ -212,7 +226,9 @@ impl Fixture {
     pub(crate) async fn whole(&self) -> Status {
         let others = self.agents.len() - 1;
         self.until("whole", |status| {
-            status.sync_set.len() == others && !status.failover_under_way && status.primary_condition == "alive"
+            status.sync_set.len() == others
+                && !status.failover_under_way
+                && status.primary_condition == "alive"
         })
         .await
     }

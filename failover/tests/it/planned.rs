@@ -17,7 +17,11 @@ async fn back_and_forth_under_load_loses_nothing() {
         assert!(report.tier0_compliant, "{report:#?}");
         assert_eq!(report.timeline_after, report.timeline_before + 1);
         load.commits_after(Instant::now(), 5).await;
-        assert_eq!(fixture.whole().await.current_region, region, "the old primary is a synchronous standby again");
+        assert_eq!(
+            fixture.whole().await.current_region,
+            region,
+            "the old primary is a synchronous standby again"
+        );
         load.commits_after(Instant::now(), 5).await;
         gaps.push(load.gap_since(started));
         println!(
@@ -25,7 +29,11 @@ async fn back_and_forth_under_load_loses_nothing() {
             load.gap_since(started),
             report.write_gap_ms,
             report.total_duration_ms,
-            report.steps.iter().map(|step| format!("{} {:.0}", step.action, step.duration_ms)).collect::<Vec<_>>()
+            report
+                .steps
+                .iter()
+                .map(|step| format!("{} {:.0}", step.action, step.duration_ms))
+                .collect::<Vec<_>>()
         );
         assert_eq!(fixture.writable().await, [region]);
     }

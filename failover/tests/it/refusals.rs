@@ -36,11 +36,13 @@ async fn a_healthy_cluster_refuses_what_makes_no_sense() {
     }
     for token in [None, Some("wrong"), Some(AGENT_TOKEN)] {
         for path in ["/failover/region2", "/failover/region2?dry_run=true", "/mode"] {
-            let (found, body) = fixture.call(Method::POST, path, token, Some(json!({"mode": "paused"}))).await;
+            let (found, body) =
+                fixture.call(Method::POST, path, token, Some(json!({"mode": "paused"}))).await;
             assert_eq!((found, code(&body)), (401, "unauthorized"), "{path} {token:?}");
         }
     }
-    let (found, _) = fixture.call(Method::POST, "/failover/region2?no_such_option=1", Some(TOKEN), None).await;
+    let (found, _) =
+        fixture.call(Method::POST, "/failover/region2?no_such_option=1", Some(TOKEN), None).await;
     assert_eq!(found, 400);
     assert_eq!(state(&fixture).await, before);
 
@@ -102,14 +104,16 @@ async fn the_same_key_gets_the_same_answer_and_is_carried_out_once() {
     let mut fixture = Setup::default().start().await;
     let key = [("Idempotency-Key", "night-shift-1")];
     let call = |fixture: &Fixture, path: &'static str| {
-        let (http, url) = (fixture.http.clone(), format!("http://127.0.0.1:{}{path}", fixture.orchestrator.port()));
+        let (http, url) =
+            (fixture.http.clone(), format!("http://127.0.0.1:{}{path}", fixture.orchestrator.port()));
         async move {
             let answer = http.post(url).bearer_auth(TOKEN).header(key[0].0, key[0].1).send().await.unwrap();
             (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
         }
     };
     // Two at once: one is carried out, the other is told so.
-    let (first, second) = tokio::join!(call(&fixture, "/failover/region2"), call(&fixture, "/failover/region2"));
+    let (first, second) =
+        tokio::join!(call(&fixture, "/failover/region2"), call(&fixture, "/failover/region2"));
     let mut found = [first.0, second.0];
     found.sort_unstable();
     assert_eq!(found, [200, 409], "{first:?} {second:?}");
@@ -134,7 +138,8 @@ async fn degraded_and_back() {
     let killed = Instant::now();
     fixture.kill_node("region2").await;
     load.commits_after(killed + Duration::from_millis(800), 10).await;
-    let status = fixture.until("degraded", |status| status.sync_set.is_empty() && status.wait_for.is_empty()).await;
+    let status =
+        fixture.until("degraded", |status| status.sync_set.is_empty() && status.wait_for.is_empty()).await;
     assert!(status.alarms.iter().any(|alarm| alarm.contains("ONE COPY")), "{:?}", status.alarms);
     let waited = load.gap_since(killed);
     assert!(waited >= Duration::from_millis(900), "commits waited for the standby first: {waited:?}");
@@ -173,8 +178,17 @@ async fn loss_needs_a_word_from_an_operator() {
     drop(db);
     fixture.kill_node("region1").await;
     fixture.revive_node("region2").await;
-    fixture.until("heard", |status| status.nodes[1].role != "unknown").await;
+    fixture.until("a standby", |status| status.nodes[1].role == "standby").await;
     let (found, body) = fixture.failover("region2", "").await;
     assert_eq!((found, code(&body)), (503, "no_safe_candidate"), "{body}");
-    assert_eq!(fixture.status().await.current_region, "region1", "nothing is promoted by itself");
+    let status = fixture.status().await;
+    assert_eq!(status.current_region, "region1", "nothing is promoted by itself");
+    assert!(status.alarms.iter().any(|alarm| alarm.contains("allow_data_loss")), "{:?}", status.alarms);
+
+    let (found, report) = fixture.failover("region2", "?allow_data_loss=true").await;
+    assert_eq!(found, 200, "{report:#}");
+    assert_eq!(report["kind"], json!("forced"));
+    fixture.revive_node("region1").await;
+    assert_eq!(fixture.whole().await.current_region, "region2");
+    assert_eq!(fixture.writable().await, ["region2"]);
 }

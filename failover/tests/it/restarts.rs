@@ -33,7 +33,8 @@ async fn die_after(fixture: &mut Fixture, step: &str, cause: impl AsyncFnOnce(&F
 async fn killed_after_each_step_of_a_switchover_it_finishes_or_undoes_it() {
     let mut fixture = Setup::default().start().await;
     let load = Load::start(&fixture.database()).await;
-    for step in ["journal", "prepare", "fence", "decide", "promote", "mark", "repoint", "validate", "history"] {
+    for step in ["journal", "prepare", "fence", "decide", "promote", "mark", "repoint", "validate", "history"]
+    {
         let from = fixture.whole().await.current_region;
         let to = if from == "region1" { "region2" } else { "region1" };
         let entries = fixture.history().await.failovers.len();
@@ -84,7 +85,12 @@ async fn killed_after_each_step_of_a_failover_it_finishes_or_starts_again() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_two_orchestrators_one_acts() {
     let mut fixture = Setup::default().start().await;
-    let mut second = fixture.launch().named("second").start_on(fixture.scratch.path(), Port::free().unwrap()).await.unwrap();
+    let mut second = fixture
+        .launch()
+        .named("second")
+        .start_on(fixture.scratch.path(), Port::free().unwrap())
+        .await
+        .unwrap();
     let ended = second.wait(Duration::from_secs(10)).await.unwrap();
     assert!(!ended.success());
     let log = std::fs::read_to_string(second.log()).unwrap();

@@ -20,7 +20,9 @@ fn other(region: &str) -> &'static str {
 
 /// Waits for the failover away from `from`, then for the writers, and says how long they waited.
 async fn gap(fixture: &Fixture, load: &Load, from: &str, started: Instant) -> (Duration, Status) {
-    let status = fixture.until("failed over", |status| status.current_region != from && !status.failover_under_way).await;
+    let status = fixture
+        .until("failed over", |status| status.current_region != from && !status.failover_under_way)
+        .await;
     load.commits_after(Instant::now(), 10).await;
     let gap = load.gap_since(started);
     let last = status.last_failover.clone().unwrap();
