@@ -1,4 +1,4 @@
-//! The processes of one Postgres, found by their working directory, which is the data directory.
+//! The processes of one Postgres, found by their name and their working directory, which is the data directory.
 //!
 //! A postmaster that was killed leaves its children behind for a moment; nothing may touch the data before they are gone.
 
@@ -19,6 +19,11 @@ pub fn inside(data: &Path) -> Vec<i32> {
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data))
+        // Somebody's shell may be there too; it is not ours to end.
+        .filter(|pid| {
+            std::fs::read_to_string(format!("/proc/{pid}/comm"))
+                .is_ok_and(|name| name.starts_with("postgres"))
+        })
         .collect()
 }
 
