@@ -1,3 +1,4 @@
 //! A broker's deliveries and their acknowledgements, tied to `ingest`. Knows no SQL.
 
 pub mod mqtt;
+pub mod pipeline;

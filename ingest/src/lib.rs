@@ -6,6 +6,7 @@
 //! and migrations live here. Brokers, HTTP routes and simulators do not: a source is a queue of deliveries.
 
 pub mod backlog;
+pub mod batch;
 pub mod copy;
 pub mod database;
 pub mod dead_letter;

@@ -33,6 +33,9 @@ pub struct Maintenance {
     pub settings: IngestSettings,
     /// Bring the schema up to date first.
     pub migrate: bool,
+    /// Make, index and drop the partitions of telemetry. A process that writes none leaves them alone, since its
+    /// retention may be another.
+    pub partitions: bool,
 }
 
 impl Maintenance {
@@ -64,6 +67,9 @@ impl Maintenance {
             timeout(PREPARE_TIMEOUT, self.prepare()).await??;
             prepared.cancel();
         }
+        if !self.partitions {
+            return std::future::pending().await;
+        }
         let client = self.database.client().await?;
         let elected = "SELECT pg_try_advisory_lock($1)";
         let row =
@@ -88,6 +94,9 @@ impl Maintenance {
         let mut client = self.database.client().await?;
         if self.migrate {
             schema::migrate(&mut client).await?;
+        }
+        if !self.partitions {
+            return Ok(());
         }
         let layout = Layout::new(&self.settings);
         let now = jiff::Timestamp::now().as_microsecond();

@@ -7,9 +7,10 @@
 use deadpool_postgres::Client;
 use tokio::time::Instant;
 
+use super::Batch;
 use super::encoded::Encoded;
-use super::{Batch, Committed, Path, slice_of};
-use crate::dead_letter::{DeadLetter, Reason};
+use crate::batch::{Committed, Path};
+use crate::dead_letter::DeadLetter;
 use crate::failure::WriteError;
 use crate::reading;
 
@@ -65,7 +66,7 @@ impl Batch {
             .collect();
         let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
         let done = self.finish(client, sorted.stored, &letters, started).await?;
-        self.rejected.extend(deliveries.into_iter().map(|delivery| (delivery, Reason::RejectedByDatabase)));
+        self.deliveries.refused_by_database(deliveries);
         Ok(done)
     }
 
@@ -145,20 +146,6 @@ impl Batch {
         let delivery = self.deliveries.get(number)?;
         let time = self.part(part).timestamps().nth(row)?;
         let element = reading::part_at(&delivery.topic, &delivery.payload, &self.rules, time);
-        let letter = DeadLetter {
-            received_at_us: wall_clock_of(delivery.received),
-            source: self.source,
-            topic: delivery.topic.clone(),
-            reason: Reason::RejectedByDatabase,
-            error,
-            payload: slice_of(&delivery.payload, element),
-        };
-        Some((number, letter))
+        Some((number, self.deliveries.letter(number, element, error)?))
     }
-}
-
-/// The wall clock at a past moment of the monotonic one, microseconds since 1970.
-fn wall_clock_of(moment: Instant) -> i64 {
-    let ago = i64::try_from(moment.elapsed().as_micros()).unwrap_or(0);
-    jiff::Timestamp::now().as_microsecond() - ago
 }
