@@ -1,8 +1,5 @@
-//! The careful path: rows that are stored already left out, rows the database refuses found and dead-lettered.
-//!
-//! One transaction. Ranges of rows are tried under a savepoint. A range the database refuses is split at the row the error
-//! names, or else in half, until the refused rows stand alone; rows before a named one are known to be good, so the cost
-//! is at most twice that of a good batch however many are refused. A range in which a row is stored already is merged.
+//! The careful path: rows that are stored already left out, rows the database refuses found and dead-lettered, in one
+//! transaction.
 
 use deadpool_postgres::Client;
 use tokio::time::Instant;
@@ -12,42 +9,40 @@ use super::encoded::Encoded;
 use crate::batch::{Committed, Path};
 use crate::dead_letter::DeadLetter;
 use crate::failure::WriteError;
+use crate::isolation::{Isolated, Range, Rows, isolate};
 use crate::reading;
 
-/// Which rows of the batch.
+/// Which rows of the batch, and how they are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Fresh,
+pub(crate) enum Part {
+    Fresh(How),
+    /// Always merged.
     Suspects,
 }
 
-/// How a range is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum How {
+pub(crate) enum How {
     Copy,
     Merge,
 }
 
-/// Rows still to be stored.
-#[derive(Debug, Clone, Copy)]
-struct Range {
-    part: Part,
-    how: How,
-    from: usize,
-    to: usize,
-}
+impl Rows for Batch {
+    type Part = Part;
 
-impl Range {
-    fn split(self, at: usize) -> [Self; 2] {
-        [Self { to: at, ..self }, Self { from: at, ..self }]
+    async fn store(&self, client: &Client, range: Range<Part>) -> Result<usize, WriteError> {
+        let rows = self.part(range.part);
+        match range.part {
+            Part::Suspects | Part::Fresh(How::Merge) => rows.merge(client, range.from, range.to).await,
+            Part::Fresh(How::Copy) => {
+                let copied = rows.copy(client, "device_telemetry", range.from, range.to).await?;
+                Ok(usize::try_from(copied).unwrap_or(usize::MAX))
+            }
+        }
     }
-}
 
-/// What the ranges came to.
-#[derive(Debug, Default)]
-struct Sorted {
-    stored: usize,
-    refused: Vec<(Part, usize, String)>,
+    fn merging(part: Part) -> Option<Part> {
+        (part == Part::Fresh(How::Copy)).then_some(Part::Fresh(How::Merge))
+    }
 }
 
 impl Batch {
@@ -58,85 +53,37 @@ impl Batch {
     ) -> Result<Committed, WriteError> {
         let started = Instant::now();
         client.batch_execute("BEGIN").await?;
-        let sorted = self.sort_out(client, path).await?;
-        let letters: Vec<(usize, DeadLetter)> = sorted
+        let isolated = self.sort_out(client, path).await?;
+        let letters: Vec<(usize, DeadLetter)> = isolated
             .refused
             .into_iter()
             .filter_map(|(part, row, message)| self.letter(part, row, message))
             .collect();
         let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
-        let done = self.finish(client, sorted.stored, &letters, started).await?;
+        let done = self.finish(client, isolated.stored, &letters, started).await?;
         self.deliveries.refused_by_database(deliveries);
         Ok(done)
     }
 
     fn part(&self, part: Part) -> &Encoded {
         match part {
-            Part::Fresh => &self.fresh,
+            Part::Fresh(_) => &self.fresh,
             Part::Suspects => &self.suspects,
         }
     }
 
     /// Stores everything that can be stored, in the connection's transaction.
-    async fn sort_out(&self, client: &Client, path: Path) -> Result<Sorted, WriteError> {
+    async fn sort_out(&self, client: &Client, path: Path) -> Result<Isolated<Part>, WriteError> {
         let how = if path == Path::Isolate { How::Copy } else { How::Merge };
-        let fresh = Range { part: Part::Fresh, how, from: 0, to: self.fresh.len() };
-        let suspects = Range { part: Part::Suspects, how: How::Merge, from: 0, to: self.suspects.len() };
-        let mut sorted = Sorted::default();
-        let mut open = vec![suspects];
+        let fresh = Range { part: Part::Fresh(how), from: 0, to: self.fresh.len() };
+        let suspects = Range { part: Part::Suspects, from: 0, to: self.suspects.len() };
         // The row that made the fast path fail need not be found again.
         match self.named.as_ref().filter(|(row, _)| path == Path::Isolate && *row < fresh.to) {
             Some((row, message)) => {
-                sorted.refused.push((Part::Fresh, *row, message.clone()));
-                open.extend([Range { from: row + 1, ..fresh }, Range { to: *row, ..fresh }]);
+                let open = vec![suspects, Range { from: row + 1, ..fresh }, Range { to: *row, ..fresh }];
+                isolate(self, client, open, vec![(fresh.part, *row, message.clone())]).await
             }
-            None => open.push(fresh),
-        }
-        while let Some(range) = open.pop() {
-            if range.from == range.to {
-                continue;
-            }
-            client.batch_execute("SAVEPOINT part").await?;
-            match self.store(client, range).await {
-                Ok(stored) => {
-                    sorted.stored += stored;
-                    client.batch_execute("RELEASE part").await?;
-                }
-                Err(WriteError::Duplicate) if range.how == How::Copy => {
-                    client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
-                    open.push(Range { how: How::Merge, ..range });
-                }
-                Err(WriteError::Data { message, line }) => {
-                    client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
-                    let named = line.map(|line| range.from + line).filter(|row| *row < range.to);
-                    match named {
-                        Some(row) => {
-                            sorted.refused.push((range.part, row, message));
-                            open.extend([Range { from: row + 1, ..range }, Range { to: row, ..range }]);
-                        }
-                        None if range.to - range.from == 1 => {
-                            sorted.refused.push((range.part, range.from, message));
-                        }
-                        None => {
-                            let [first, second] = range.split(range.from.midpoint(range.to));
-                            open.extend([second, first]);
-                        }
-                    }
-                }
-                Err(other) => return Err(other),
-            }
-        }
-        Ok(sorted)
-    }
-
-    async fn store(&self, client: &Client, range: Range) -> Result<usize, WriteError> {
-        let rows = self.part(range.part);
-        match range.how {
-            How::Merge => rows.merge(client, range.from, range.to).await,
-            How::Copy => {
-                let copied = rows.copy(client, "device_telemetry", range.from, range.to).await?;
-                Ok(usize::try_from(copied).unwrap_or(usize::MAX))
-            }
+            None => isolate(self, client, vec![suspects, fresh], Vec::new()).await,
         }
     }
 
