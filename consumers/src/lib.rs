@@ -2,3 +2,5 @@
 
 pub mod mqtt;
 pub mod pipeline;
+pub mod rabbitmq;
+pub mod unconnected;

@@ -6,4 +6,5 @@
 pub mod fleet;
 pub mod ledger;
 pub mod mqtt;
+pub mod rabbitmq;
 pub mod topic;
