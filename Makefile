@@ -3,7 +3,7 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build down clean
+.PHONY: up test check install build bench fuzz down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -28,6 +28,16 @@ build:
 install:
 	@command -v $(CARGO) >/dev/null || { echo "a Rust toolchain is needed: https://rustup.rs" >&2; exit 1; }
 	@playground/install.sh
+
+# How fast, beside what the machine's parts can do alone; writes target/bench.json.
+bench:
+	@playground/install.sh bench
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 bench $(ARGS)
+
+# The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
+fuzz:
+	PROPTEST_CASES=$(or $(CASES),300000) $(CARGO) test --release --locked -p ingest -p wire --lib
 
 # End what `make up` started in another terminal, in order.
 down:

@@ -4,6 +4,7 @@
 # The packages are wanted for their programs only. No service is started or enabled, no database cluster is created:
 # the playground runs its own servers with its own data. What was installed before stays as it is.
 set -eu
+purpose=${1:-run}
 
 # The one list: a file that shows the program is there (any version of it), and the package that brings it.
 # A new server of the playground adds its line here.
@@ -14,6 +15,11 @@ wanted() {
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
+    # The baseline that `make bench` is held against.
+    if [ "$purpose" = bench ]; then
+        echo "/usr/lib/python3/dist-packages/paho      python3-paho-mqtt"
+        echo "/usr/lib/python3/dist-packages/psycopg2  python3-psycopg2"
+    fi
 }
 
 # Services that would start at the next boot; disabled when this script brought them.

@@ -98,17 +98,20 @@ impl Maintenance {
         if !self.partitions {
             return Ok(());
         }
-        let layout = Layout::new(&self.settings);
         let now = jiff::Timestamp::now().as_microsecond();
-        partitions::ensure(
-            &mut client,
-            &layout,
-            now - layout.width_us,
-            layout.window(now).1 + layout.width_us,
-        )
-        .await?;
+        ensure_ahead(&mut client, &Layout::new(&self.settings), now).await?;
         Ok(())
     }
+}
+
+/// What live readings need now and until well after the next look.
+async fn ensure_ahead(
+    client: &mut tokio_postgres::Client,
+    layout: &Layout,
+    now_us: i64,
+) -> Result<usize, WriteError> {
+    let ahead = layout.width_us.max(60_000_000);
+    partitions::ensure(client, layout, now_us - layout.width_us, layout.window(now_us).1 + ahead).await
 }
 
 struct Elected {
@@ -120,10 +123,8 @@ struct Elected {
 impl Elected {
     async fn upkeep(&mut self) -> Result<(), WriteError> {
         let now = jiff::Timestamp::now().as_microsecond();
-        let (oldest, newest) = self.layout.window(now);
-        let made =
-            partitions::ensure(&mut self.client, &self.layout, oldest, newest + 2 * self.layout.width_us)
-                .await?;
+        let (oldest, _) = self.layout.window(now);
+        let made = ensure_ahead(&mut self.client, &self.layout, now).await?;
         if made > 0 {
             tracing::info!(made, "partitions made");
         }

@@ -1,4 +1,5 @@
-//! Time partitions of `device_telemetry`: made ahead, indexed when their time has passed, dropped after retention.
+//! Time partitions of `device_telemetry`: made ahead (those of the past when a late reading needs one), indexed when
+//! their time has passed, dropped after the retention.
 //!
 //! Nothing here blocks writers: partitions are attached and detached, never created or dropped in place, and indexes
 //! are built concurrently. There is no default partition, so a stray reading can never make one.
@@ -105,27 +106,36 @@ pub async fn list(client: &Client) -> Result<Vec<Partition>, WriteError> {
         .collect())
 }
 
+/// Partitions made in one transaction: each locks four relations, and the server's table of locks is finite.
+const MADE_AT_ONCE: usize = 64;
+
 /// Makes what is missing so that `from..=to` is covered. Returns how many were made.
 ///
 /// # Errors
-/// As classified by [`WriteError`]; nothing is half made.
+/// As classified by [`WriteError`]; what was made before stays, nothing is half made.
 pub async fn ensure(
     client: &mut Client,
     layout: &Layout,
     from_us: i64,
     to_us: i64,
 ) -> Result<usize, WriteError> {
-    let transaction = client.transaction().await?;
-    transaction.batch_execute(LOCK_TIMEOUT).await?;
-    transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
-    let existing: Vec<Span> =
-        list(transaction.client()).await?.into_iter().map(|partition| partition.span).collect();
-    let missing = layout.missing(&existing, from_us, to_us);
-    for (start, end) in &missing {
-        transaction.batch_execute(&create_sql(*start, *end)).await?;
+    let mut made = 0;
+    loop {
+        let transaction = client.transaction().await?;
+        transaction.batch_execute(LOCK_TIMEOUT).await?;
+        transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
+        let existing: Vec<Span> =
+            list(transaction.client()).await?.into_iter().map(|partition| partition.span).collect();
+        let missing = layout.missing(&existing, from_us, to_us);
+        for (start, end) in missing.iter().take(MADE_AT_ONCE) {
+            transaction.batch_execute(&create_sql(*start, *end)).await?;
+        }
+        transaction.commit().await?;
+        made += missing.len().min(MADE_AT_ONCE);
+        if missing.len() <= MADE_AT_ONCE {
+            return Ok(made);
+        }
     }
-    transaction.commit().await?;
-    Ok(missing.len())
 }
 
 /// Builds the index for look-ups by device on one partition, beside the writers.

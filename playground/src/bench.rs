@@ -3,12 +3,13 @@
 //! Every row is measured with the same publisher and the same payloads, in turns, several times; the medians count.
 //! Absolute figures move with the machine, ratios between rows of one run do not. Claims nothing it did not measure.
 
-mod baseline;
 mod database;
 mod floor;
+mod insert;
 mod pipeline;
 mod report;
 mod subscriber;
+mod usual;
 
 use std::path::PathBuf;
 
@@ -47,17 +48,20 @@ pub enum Row {
     OursQos0,
     OursQos1,
     Baseline,
+    /// The same way in Rust
+    BaselineRust,
     Arrays,
 }
 
 impl Row {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::BrokerQos0,
         Self::BrokerQos1,
         Self::Database,
         Self::OursQos0,
         Self::OursQos1,
         Self::Baseline,
+        Self::BaselineRust,
         Self::Arrays,
     ];
 
@@ -71,6 +75,7 @@ impl Row {
             Self::OursQos0 => "ours_qos0",
             Self::OursQos1 => "ours_qos1",
             Self::Baseline => "baseline",
+            Self::BaselineRust => "baseline_rust",
             Self::Arrays => "arrays",
         }
     }
@@ -124,7 +129,8 @@ async fn measure(floor: &mut Floor, row: Row, messages: u64) -> anyhow::Result<M
         Row::OursQos0 => pipeline::measure(floor, 0, messages, 1).await,
         Row::OursQos1 => pipeline::measure(floor, 1, messages, 1).await,
         // A twentieth of the messages: at a tenth of the speed or less that takes as long.
-        Row::Baseline => baseline::measure(floor, (messages / 20).max(1_000)).await,
+        Row::Baseline => usual::measure(floor, (messages / 20).max(1_000)).await,
+        Row::BaselineRust => insert::measure(floor, (messages / 20).max(1_000)).await,
         Row::Arrays => pipeline::measure(floor, 1, (messages / 50).max(100), 100).await,
     }
 }

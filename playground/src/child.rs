@@ -277,6 +277,17 @@ impl Child {
         Ok(())
     }
 
+    /// As [`Child::stop`] for a destructor: does not suspend, and leaves what does not end to the destructor's SIGKILL.
+    pub(crate) fn stop_blocking(&mut self, signal: Signal, grace: Duration) {
+        self.resume();
+        if self.signal(signal).is_ok() {
+            let deadline = Instant::now() + grace;
+            while self.ended().is_none() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+
     /// SIGSTOP: it keeps its sockets and answers nothing.
     pub fn pause(&mut self, reach: Reach) {
         if self.ended().is_none() {

@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::procfs;
 
+/// Data of earlier runs that waits to be deleted.
+const OLD: &str = "old-";
+
 /// `.tier0/`.
 #[derive(Debug, Clone)]
 pub struct Home {
@@ -119,17 +122,38 @@ impl Home {
         Ok(Flock::lock(file, FlockArg::LockExclusiveNonblock).ok())
     }
 
-    /// Deletes what earlier runs left. Only with the lock held.
+    /// Sets aside what earlier runs left. Deleting gigabytes takes seconds and keeps the disk busy for the servers that
+    /// are about to start, so [`Home::delete_old`] does that at the end. Only with the lock held.
+    ///
+    /// # Errors
+    /// When something cannot be moved.
+    pub fn clear(&self, _lock: &Lock) -> anyhow::Result<()> {
+        let free = (0..u32::MAX).map(|n| self.data.join(format!("{OLD}{n}"))).find(|path| !path.exists());
+        let old = free.context("too much is set aside")?;
+        std::fs::create_dir(&old).with_context(|| format!("create {}", old.display()))?;
+        for path in self.entries()?.into_iter().filter(|path| !is_old(path)) {
+            let name = path.file_name().context("an entry has a name")?;
+            std::fs::rename(&path, old.join(name))
+                .with_context(|| format!("set {} aside", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes what was set aside, by this run or one that was killed. Only with the lock held.
     ///
     /// # Errors
     /// When something cannot be deleted.
-    pub fn clear(&self, _lock: &Lock) -> anyhow::Result<()> {
-        for entry in std::fs::read_dir(&self.data).with_context(|| format!("read {}", self.data.display()))? {
-            let path = entry.context("read the data directory")?.path();
-            if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }
-                .with_context(|| format!("delete {}", path.display()))?;
+    pub fn delete_old(&self, _lock: &Lock) -> anyhow::Result<()> {
+        for path in self.entries()?.into_iter().filter(|path| is_old(path)) {
+            std::fs::remove_dir_all(&path).with_context(|| format!("delete {}", path.display()))?;
         }
         Ok(())
+    }
+
+    fn entries(&self) -> anyhow::Result<Vec<PathBuf>> {
+        std::fs::read_dir(&self.data)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .with_context(|| format!("read {}", self.data.display()))
     }
 
     /// The last run, if there was one on this data.
@@ -179,6 +203,10 @@ impl Home {
     }
 }
 
+fn is_old(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(OLD))
+}
+
 /// Whether every user can pass through all directories above and into this one.
 fn reachable(path: &Path) -> bool {
     path.ancestors()
@@ -220,7 +248,12 @@ mod tests {
         home.write_state(&state).unwrap();
         assert_eq!(home.state().unwrap(), state);
         std::fs::create_dir(home.data().join("region1")).unwrap();
-        home.clear(&lock).unwrap();
+        for _ in 0..2 {
+            home.clear(&lock).unwrap();
+            assert!(!home.data().join("region1").exists());
+        }
+        assert!(home.data().join("old-0/region1").is_dir());
+        home.delete_old(&lock).unwrap();
         assert_eq!(std::fs::read_dir(home.data()).unwrap().count(), 0);
         drop(lock);
         assert!(home.lock().unwrap().is_some());

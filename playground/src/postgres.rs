@@ -7,6 +7,7 @@
 mod connection;
 mod lock_file;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,11 @@ const READY: Duration = Duration::from_secs(120);
 /// A fast shutdown writes a checkpoint.
 const STOP: Duration = Duration::from_secs(60);
 
+/// An immediate shutdown, from a destructor.
+const QUIT: Duration = Duration::from_secs(3);
+/// Where a postmaster and its backends share memory.
+const SHARED_MEMORY: &str = "/dev/shm/PostgreSQL.";
+
 /// One node, running or not.
 #[derive(Debug)]
 pub struct Postgres {
@@ -38,6 +44,8 @@ pub struct Postgres {
     account: Option<Account>,
     passwords: Passwords,
     child: Option<Child>,
+    /// Shared memory of a postmaster that was killed. Its next start on the same data frees it; without one, we do.
+    orphaned: BTreeSet<PathBuf>,
 }
 
 impl Postgres {
@@ -54,6 +62,7 @@ impl Postgres {
             account: Account::of_server("postgres")?,
             passwords,
             child: None,
+            orphaned: BTreeSet::new(),
         })
     }
 
@@ -181,9 +190,11 @@ impl Postgres {
             .until("answers a query", READY, || async {
                 let db = connect(&config).await?;
                 db.simple_query("SELECT 1").await.context("SELECT 1")?;
-                Ok(())
+                anyhow::Ok(())
             })
-            .await
+            .await?;
+        self.orphaned.clear();
+        Ok(())
     }
 
     /// Fast shutdown: open transactions are rolled back, a checkpoint is written, an attached standby gets everything.
@@ -205,7 +216,10 @@ impl Postgres {
     /// When one of them stays.
     pub async fn kill9(&mut self, reach: Reach) -> anyhow::Result<()> {
         match self.child.take() {
-            Some(mut child) => child.kill9(reach).await,
+            Some(mut child) => {
+                self.orphaned.extend(procfs::mapped(child.pid(), SHARED_MEMORY));
+                child.kill9(reach).await
+            }
             None => Ok(()),
         }
     }
@@ -341,9 +355,18 @@ impl Postgres {
 }
 
 impl Drop for Postgres {
-    /// A killed postmaster leaves a segment of shared memory behind, which the next start of the same data would free.
+    /// Immediate shutdown, so that Postgres frees its shared memory itself; what a killed one left is freed here.
     fn drop(&mut self) {
-        drop(self.child.take());
+        if let Some(mut child) = self.child.take() {
+            let shared = procfs::mapped(child.pid(), SHARED_MEMORY);
+            child.stop_blocking(Signal::SIGQUIT, QUIT);
+            if child.ended().is_none() {
+                self.orphaned.extend(shared);
+            }
+        }
+        for path in &self.orphaned {
+            drop(std::fs::remove_file(path));
+        }
         if let Some(LockFile { pid, shared_memory: Some(id) }) =
             LockFile::read(&self.data.join("postmaster.pid"))
             && !procfs::lives(pid)

@@ -1,6 +1,7 @@
 //! What the kernel says of a process: parent, state, processor time, memory. Reads `/proc`, changes nothing.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::path::PathBuf;
 
 /// Clock ticks a second in `/proc/PID/stat`. Fixed at 100 for user space on every Linux we run on.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -47,32 +48,60 @@ pub fn lives(pid: i32) -> bool {
     stat(pid).is_some_and(|stat| stat.state != 'Z' && stat.state != 'X')
 }
 
-/// All processes below this one, parents before children. Postgres' backends are sessions of their own, so a process
-/// group does not find them; the tree does, as long as its root lives.
-#[must_use]
-pub fn descendants(root: i32) -> Vec<i32> {
-    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
-    let Ok(entries) = std::fs::read_dir("/proc") else { return Vec::new() };
-    for pid in entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()) {
-        if let Some(stat) = stat(pid) {
-            children.entry(stat.parent).or_default().push(pid);
-        }
-    }
-    let mut found = Vec::new();
-    let mut next = vec![root];
-    while let Some(pid) = next.pop() {
-        for child in children.remove(&pid).unwrap_or_default() {
-            found.push(child);
-            next.push(child);
-        }
-    }
-    found
+/// All processes of the machine at one moment: one walk through `/proc`, which may be long.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    stats: HashMap<i32, Stat>,
+    children: HashMap<i32, Vec<i32>>,
 }
 
-/// Processor time of a process and all below it, in seconds. 0 when it is gone.
+impl Snapshot {
+    #[must_use]
+    pub fn take() -> Self {
+        let mut snapshot = Self::default();
+        for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let pid = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok());
+            if let Some((pid, stat)) = pid.and_then(|pid| Some((pid, stat(pid)?))) {
+                snapshot.children.entry(stat.parent).or_default().push(pid);
+                snapshot.stats.insert(pid, stat);
+            }
+        }
+        snapshot
+    }
+
+    /// All processes below this one, parents before children. Postgres' backends are sessions of their own, so a
+    /// process group does not find them; the tree does, as long as its root lives.
+    #[must_use]
+    pub fn descendants(&self, root: i32) -> Vec<i32> {
+        let mut found = Vec::new();
+        let mut next = vec![root];
+        while let Some(pid) = next.pop() {
+            for child in self.children.get(&pid).into_iter().flatten() {
+                found.push(*child);
+                next.push(*child);
+            }
+        }
+        found
+    }
+
+    /// Processor time of a process and all below it, in seconds. 0 when it is gone.
+    #[must_use]
+    pub fn tree_cpu_seconds(&self, root: i32) -> f64 {
+        let tree = std::iter::once(root).chain(self.descendants(root));
+        tree.filter_map(|pid| self.stats.get(&pid)).map(|stat| stat.cpu_seconds).sum()
+    }
+}
+
+/// As [`Snapshot::tree_cpu_seconds`], now.
 #[must_use]
 pub fn tree_cpu_seconds(root: i32) -> f64 {
-    std::iter::once(root).chain(descendants(root)).filter_map(stat).map(|stat| stat.cpu_seconds).sum()
+    Snapshot::take().tree_cpu_seconds(root)
+}
+
+/// As [`Snapshot::descendants`], now.
+#[must_use]
+pub fn descendants(root: i32) -> Vec<i32> {
+    Snapshot::take().descendants(root)
 }
 
 /// The most memory the process ever had. 0 when it is gone.
@@ -81,6 +110,14 @@ pub fn peak_rss_bytes(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+/// Files below `prefix` that the process has mapped into its memory.
+#[must_use]
+pub fn mapped(pid: i32, prefix: &str) -> BTreeSet<PathBuf> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let paths = maps.lines().filter_map(|line| line.find(prefix).and_then(|at| line.get(at..)));
+    paths.map(|path| PathBuf::from(path.trim_end_matches(" (deleted)"))).collect()
 }
 
 /// Processes attached to a segment of System V shared memory. 0 when there is no such segment.

@@ -38,6 +38,8 @@ const FIRST_ROW: Duration = Duration::from_millis(20);
 enum End {
     /// The time given by `--for` is over.
     Time,
+    /// The simulator has sent all it had to send.
+    Finished,
     /// Ctrl-C, SIGTERM or `q`.
     Asked,
     /// A process ended that should not have.
@@ -77,6 +79,7 @@ pub async fn run(home: &Home, args: UpArgs) -> anyhow::Result<ExitCode> {
         drop(stack);
     } else {
         stack.stop().await?;
+        home.delete_old(&lock)?;
     }
     home.write_state(&State::default())?;
     result
@@ -106,6 +109,7 @@ async fn session(
     let end = live(args, stack, interrupts, &mut sampler).await?;
     match &end {
         End::Time => say("the time is over: draining"),
+        End::Finished => say("everything is sent: draining"),
         End::Asked => say("draining (Ctrl-C again aborts)"),
         End::Died(what) => say(format!("FAILED: {what}")),
     }
@@ -158,6 +162,9 @@ async fn live(
                 look_for_first_row(stack, sampler).await;
             }
             _ = ticks.tick() => {
+                if stack.finished() {
+                    return Ok(End::Finished);
+                }
                 if let Some(what) = stack.died() {
                     return Ok(End::Died(what));
                 }

@@ -7,4 +7,5 @@ pub mod fleet;
 pub mod ledger;
 pub mod mqtt;
 pub mod rabbitmq;
+pub mod sessions;
 pub mod topic;

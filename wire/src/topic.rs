@@ -58,6 +58,17 @@ impl fmt::Display for Topic<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn never_panics_and_what_it_takes_it_gives_back(bytes in prop::collection::vec(any::<u8>(), 0..60), ours in any::<bool>()) {
+            let bytes = if ours { [PREFIX.as_bytes(), bytes.as_slice()].concat() } else { bytes };
+            if let Ok(topic) = Topic::parse(&bytes) {
+                prop_assert_eq!(topic.to_string().into_bytes(), bytes);
+            }
+        }
+    }
 
     #[test]
     fn takes_apart_what_it_puts_together() {

@@ -18,7 +18,7 @@ pub(crate) struct Floor {
     pub(crate) consumer: Program,
     pub(crate) broker: Mosquitto,
     pub(crate) cluster: Cluster,
-    _scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl Floor {
@@ -30,11 +30,20 @@ impl Floor {
         let launch = Launch::new("mqtt-consumer").envs(cluster.environment()).envs(broker.environment());
         let mut consumer = change(launch).start(scratch.path()).await.unwrap();
         consumer.ready(PATIENCE).await.unwrap();
-        Self { consumer, broker, cluster, _scratch: scratch }
+        Self { consumer, broker, cluster, scratch }
     }
 
     pub(crate) async fn db(&self) -> Db {
         self.cluster.connect(Role::Owner).await.unwrap()
+    }
+
+    /// One more consumer, subscribed.
+    pub(crate) async fn another(&self, change: impl FnOnce(Launch) -> Launch) -> Program {
+        let launch =
+            Launch::new("mqtt-consumer").envs(self.cluster.environment()).envs(self.broker.environment());
+        let mut consumer = change(launch).start(self.scratch.path()).await.unwrap();
+        consumer.ready(PATIENCE).await.unwrap();
+        consumer
     }
 
     pub(crate) fn publisher(&self) -> Publisher {
@@ -43,13 +52,9 @@ impl Floor {
 
     /// Waits until the consumer has tried a batch again that it had given up before.
     pub(crate) async fn until_a_commit_is_given_up(&self) {
-        let retries = async || self.consumer.metrics().await.unwrap().count("ingest_write_retries_total");
-        let before = retries().await;
-        let deadline = Instant::now() + PATIENCE;
-        while retries().await == before {
-            assert!(Instant::now() < deadline, "no commit was given up");
-            sleep(Duration::from_millis(20)).await;
-        }
+        const RETRIES: &str = "ingest_write_retries_total";
+        let before = self.consumer.metrics().await.unwrap().count(RETRIES);
+        until_metric(&self.consumer, RETRIES, before + 1).await;
     }
 
     /// Waits until the query's number reaches `expected`; then it must be exactly that.
@@ -112,6 +117,19 @@ impl Publisher {
                 Err(error) => panic!("publishing: {error}"),
             }
         }
+    }
+}
+
+/// Waits until a counter has reached `least`.
+pub(crate) async fn until_metric(program: &Program, name: &str, least: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let count = program.metrics().await.unwrap().count(name);
+        if count >= least {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{name} of {}: {count} of {least}", program.name());
+        sleep(Duration::from_millis(20)).await;
     }
 }
 

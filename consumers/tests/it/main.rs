@@ -6,4 +6,5 @@ mod bad_input;
 mod command_line;
 mod floor;
 mod outages;
+mod scale_out;
 mod sessions;

@@ -6,7 +6,7 @@ use amqp::Broker;
 use futures_util::StreamExt;
 use lapin::options::{BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use lapin::{BasicProperties, Confirmation};
 use playground::child::Reach;
 use playground::cluster::{Cluster, Options};
 use playground::postgres::Role;
@@ -69,9 +69,9 @@ impl Stage {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let metrics = self.consumer.metrics().await.unwrap();
-            if metrics.count("ingest_acknowledged_total") == metrics.count("ingest_received_total")
-                && self.waiting(QUEUE).await == 0
-            {
+            let answered = metrics.count("ingest_acknowledged_total")
+                + metrics.count("rabbitmq_stale_acknowledgements_total");
+            if answered == metrics.count("ingest_received_total") && self.waiting(QUEUE).await == 0 {
                 self.consumer.terminate(PATIENCE).await.unwrap();
                 if self.waiting(QUEUE).await == 0 {
                     return;
@@ -92,35 +92,46 @@ impl Stage {
     }
 }
 
-/// Publishes with confirms.
+/// Publishes with confirms, as every publisher must: what has none in time is published again. A broker that has
+/// just come back may forget what it was given before its queue had a leader.
 struct Publisher {
-    queue: String,
-    channel: Channel,
-    _connection: Connection,
+    broker: Broker,
 }
 
 impl Publisher {
     async fn new(broker: Broker) -> Self {
-        let connection = amqp::connect(&broker, "test").await.unwrap();
-        let channel = connection.create_channel().await.unwrap();
-        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
-        Self { queue: broker.queue, channel, _connection: connection }
+        Self { broker }
     }
 
     /// Returns when the broker has all of them.
     async fn publish(&self, payloads: impl IntoIterator<Item = String>) {
+        let payloads: Vec<String> = payloads.into_iter().collect();
+        let deadline = Instant::now() + PATIENCE;
+        while let Err(error) = self.try_publish(&payloads).await {
+            assert!(Instant::now() < deadline, "the broker does not confirm: {error}");
+        }
+    }
+
+    async fn try_publish(&self, payloads: &[String]) -> Result<(), String> {
+        let text = |error: lapin::Error| error.to_string();
+        let connection = amqp::connect(&self.broker, "test").await.map_err(|error| error.to_string())?;
+        let channel = connection.create_channel().await.map_err(text)?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(text)?;
         let mut confirms = Vec::new();
         for payload in payloads {
             let properties = BasicProperties::default().with_delivery_mode(2);
             let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-            let (exchange, key) = ("".into(), self.queue.as_str().into());
-            let confirm = self.channel.basic_publish(exchange, key, options, payload.as_bytes(), properties);
-            confirms.push(confirm.await.unwrap());
+            let (exchange, key) = ("".into(), self.broker.queue.as_str().into());
+            let confirm = channel.basic_publish(exchange, key, options, payload.as_bytes(), properties);
+            confirms.push(confirm.await.map_err(text)?);
         }
         for confirm in confirms {
-            let confirmed = timeout(PATIENCE, confirm).await.expect("the broker confirms").unwrap();
-            assert_eq!(confirmed, Confirmation::Ack(None));
+            match timeout(Duration::from_secs(8), confirm).await {
+                Ok(Ok(Confirmation::Ack(None))) => {}
+                other => return Err(format!("{other:?}")),
+            }
         }
+        Ok(())
     }
 }
 

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use ingest::partitions::{self, Layout};
+use ingest::settings::IngestSettings;
 use wire::ledger::Ledger;
 
 use crate::cluster::{Cluster, Options};
@@ -83,8 +85,21 @@ impl Floor {
             .await
     }
 
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.scratch.path().join(name)
+    }
+
     fn ledger_file(&self) -> PathBuf {
-        self.scratch.path().join("ledger.json")
+        self.path("ledger.json")
+    }
+
+    /// Partitions for now, when it is not `mqtt-consumer` that writes.
+    pub(super) async fn make_partitions(&self) -> anyhow::Result<()> {
+        let layout = Layout::new(&IngestSettings::default());
+        let now_us = jiff::Timestamp::now().as_microsecond();
+        let mut db = self.cluster.connect(Role::Owner).await?;
+        partitions::ensure(&mut db, &layout, now_us - layout.width_us, now_us + layout.width_us).await?;
+        Ok(())
     }
 
     /// What the publisher of this measurement got acknowledged; it has ended.

@@ -206,9 +206,10 @@ impl Sampler {
 
     /// Reads the processor time of everything that runs, for the summary too.
     fn usage(&mut self, stack: &Stack, before: &BTreeMap<String, f64>, elapsed: f64) -> Vec<Usage> {
+        let snapshot = procfs::Snapshot::take();
         let mut usage = Vec::new();
         for process in stack.processes() {
-            let cpu = procfs::tree_cpu_seconds(process.pid);
+            let cpu = snapshot.tree_cpu_seconds(process.pid);
             let used = before.get(&process.name).map_or(0.0, |before| (cpu - before).max(0.0));
             usage.push(Usage {
                 name: process.name.clone(),

@@ -124,6 +124,11 @@ impl Stack {
         Ok(())
     }
 
+    /// The simulator has sent what it was told to send (`-- --count N`) and ended well.
+    pub(super) fn finished(&mut self) -> bool {
+        self.simulator.as_mut().and_then(Program::ended).is_some_and(|status| status.success())
+    }
+
     /// What ended unasked, with the end of its log.
     pub(super) fn died(&mut self) -> Option<String> {
         for program in [&mut self.simulator, &mut self.consumer].into_iter().flatten() {

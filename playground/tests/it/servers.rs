@@ -111,3 +111,19 @@ async fn a_server_that_cannot_start_says_why() {
     let error = Mosquitto::start(&scratch, &["no_such_option true"]).await.unwrap_err();
     assert!(format!("{error:#}").contains("no_such_option"), "{error:#}");
 }
+
+/// Shared memory outlives processes; a hundred tests would fill the machine's.
+#[tokio::test]
+async fn servers_leave_no_shared_memory_behind() {
+    let scratch = Scratch::new().unwrap();
+    let mut cluster = Cluster::start(&scratch, Options::default()).await.unwrap();
+    let mut mapped = Vec::new();
+    for node in &cluster.nodes {
+        mapped.extend(procfs::mapped(node.pid().unwrap(), "/dev/shm/PostgreSQL."));
+    }
+    assert!(mapped.len() >= 2 && mapped.iter().all(|path| path.exists()), "{mapped:?}");
+    // One killed, one running when dropped.
+    cluster.standby_mut().kill9(Reach::Tree).await.unwrap();
+    drop(cluster);
+    assert!(mapped.iter().all(|path| !path.exists()), "{mapped:?}");
+}

@@ -154,6 +154,21 @@ fn every_acknowledged_reading_is_stored_once_on_both_nodes() {
 }
 
 #[test]
+fn a_simulator_that_has_sent_its_count_ends_the_run() {
+    let tier0 = Tier0::new();
+    let summary = tier0.scratch.path().join("summary.json");
+    let (output, text) =
+        tier0.run(&["up", "--summary", summary.to_str().unwrap(), "--rate", "max", "--", "--count", "20000"]);
+    assert!(output.status.success(), "{text}");
+    let summary = tier0.summary();
+    assert_eq!(
+        (&summary["verdict"], summary["stored_standby"].as_u64()),
+        (&"exact".into(), Some(20_000)),
+        "{text}"
+    );
+}
+
+#[test]
 fn what_the_broker_holds_for_an_absent_consumer_is_stored_by_the_next_run() {
     let tier0 = Tier0::new();
     let run = |args: &[&str]| tier0.run(&[&["up", "--for", "2s"], &FLEET[..], args].concat());

@@ -1,12 +1,10 @@
-//! The usual consumer: one message is one prepared INSERT, a hundred to a transaction, then the acknowledgements.
+//! The same one-by-one way in Rust: what changes when only the language does. Acknowledges after the COMMIT.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use ingest::partitions::{self, Layout};
-use ingest::settings::IngestSettings;
 use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -23,10 +21,8 @@ pub(super) async fn measure(floor: &mut Floor, messages: u64) -> anyhow::Result<
     let (client, mut events) = subscriber::client(floor.broker().await?.port());
     subscriber::subscribe(&client, &mut events).await?;
     let database = database(floor, 1)?;
-    let layout = Layout::new(&IngestSettings::default());
+    floor.make_partitions().await?;
     let mut db = database.client().await?;
-    let now_us = jiff::Timestamp::now().as_microsecond();
-    partitions::ensure(&mut db, &layout, now_us, now_us + layout.width_us).await?;
     let committed = Arc::new(AtomicU64::new(0));
     let counter = committed.clone();
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
@@ -73,8 +69,8 @@ pub(super) async fn measure(floor: &mut Floor, messages: u64) -> anyhow::Result<
     let (per_second, count) = tokio::select! {
         measured = rate(messages, async || Ok(committed.load(Ordering::Relaxed))) => measured?,
         Some(ended) = tasks.join_next() => {
-            ended.context("the usual consumer")??;
-            anyhow::bail!("the usual consumer ended");
+            ended.context("the inserting consumer")??;
+            anyhow::bail!("the inserting consumer ended");
         }
     };
     let ledger = floor.ledger(&mut publisher).await?;
