@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::sessions::BenchSessionsArgs;
 use crate::bench::{self, BenchArgs};
 use crate::home::Home;
 use crate::{commands, up};
@@ -51,7 +52,7 @@ Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise,
     },
     /// Show the log of one process
     Logs {
-        /// region1, region2, mosquitto, mqtt-consumer, device-simulator; without it the names are listed
+        /// region1, region2, mosquitto, rabbitmq, mqtt-consumer, rabbitmq-consumer, device-simulator, user-simulator; without it the names are listed
         name: Option<String>,
         /// Keep showing what is added
         #[arg(short, long)]
@@ -65,6 +66,8 @@ Examples:
   tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
     )]
     Bench(BenchArgs),
+    /// Measure user activity through RabbitMQ beside the broker's limit
+    BenchSessions(BenchSessionsArgs),
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
         #[arg(default_value = "region1")]
@@ -131,6 +134,9 @@ pub enum Part {
     DeviceSimulator,
     MqttConsumer,
     Mosquitto,
+    UserSimulator,
+    RabbitmqConsumer,
+    Rabbitmq,
     /// The standby of region2: commits then wait for one machine only
     Region2,
 }
@@ -154,6 +160,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
         }
