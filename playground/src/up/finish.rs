@@ -82,14 +82,14 @@ pub(super) async fn finish(
         trouble.extend(wrong.map(|node| format!("{}: {}", node.node, node.verdict())));
     }
     say(format!("every device checked on every node in {:.2} s", began.elapsed().as_secs_f64()));
+    let report = ledger.as_ref().map(|ledger| {
+        let findings = nodes.iter().map(|(name, stored)| compare(name, ledger, stored)).collect();
+        Report::new(ledger, findings).with_sessions(sessions_found)
+    });
     Ok(Summary::new(
         args,
         ledger.as_ref(),
-        ledger.as_ref().map(|ledger| {
-            let findings = nodes.iter().map(|(name, stored)| compare(name, ledger, stored)).collect();
-            Report::new(ledger, findings).with_sessions(sessions_found)
-        }),
-        sessions.as_ref(),
+        (report, sessions.as_ref()),
         &nodes,
         sampler,
         (published, stored_after),

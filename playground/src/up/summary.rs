@@ -58,8 +58,7 @@ impl Summary {
     pub(super) fn new(
         args: &UpArgs,
         ledger: Option<&Ledger>,
-        report: Option<Report>,
-        sessions: Option<&SessionLedger>,
+        (report, sessions): (Option<Report>, Option<&SessionLedger>),
         nodes: &[(String, Stored)],
         sampler: &Sampler,
         (published, stored_after): (Duration, Duration),
