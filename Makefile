@@ -3,7 +3,7 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build bench bench-sessions fuzz down clean
+.PHONY: up test check install build bench bench-sessions drill fuzz down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -39,6 +39,11 @@ bench:
 bench-sessions: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench-sessions $(ARGS)
+
+# Each part taken away for a minute under load; about half an hour. One of them: make drill ARGS="--only postgres-away"
+drill: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 drill outages --json target/outages.json $(ARGS)
 
 # The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
 fuzz:

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use deadpool_postgres::Client;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::dead_letter::{DeadLetter, Reason};
 use crate::delivery::Delivery;
@@ -64,13 +64,10 @@ pub trait Batch: Send + Sync + 'static {
     /// Times of what is in the batch, microseconds since 1970: for the end-to-end latency.
     fn timestamps(&self) -> impl Iterator<Item = i64> + '_;
 
-    /// The span of time the batch's rows need partitions for.
-    fn span(&self) -> Option<(i64, i64)>;
-
     /// Closes the batch: nothing may be pushed after this until it is cleared.
     fn seal(&mut self);
 
-    /// Commits everything in one transaction. On an error nothing is stored, or, if the connection was lost, the
+    /// Commits everything in one transaction; no step may take longer than `patience`. On an error nothing is stored, or, if the connection was lost, the
     /// outcome is unknown; trying again is harmless in both cases.
     ///
     /// # Errors
@@ -79,6 +76,7 @@ pub trait Batch: Send + Sync + 'static {
         &mut self,
         client: &mut Client,
         path: Path,
+        patience: Duration,
     ) -> impl Future<Output = Result<Committed, WriteError>> + Send;
 
     /// Empties the batch; its memory is kept for the next one.
@@ -149,6 +147,12 @@ impl Deliveries {
     #[must_use]
     pub fn letters(&self) -> &[DeadLetter] {
         &self.letters
+    }
+
+    /// Payload bytes of the dead letters.
+    #[must_use]
+    pub fn letter_bytes(&self) -> usize {
+        self.letters.iter().map(|letter| letter.payload.len()).sum()
     }
 
     #[must_use]
@@ -226,6 +230,27 @@ impl Deliveries {
         }
         settled
     }
+}
+
+/// Without an answer in time the connection is to be dropped, not the commit cancelled: a cancelled wait for the standby
+/// would be reported as a success.
+pub(crate) async fn in_time<T>(
+    patience: Duration,
+    step: impl Future<Output = Result<T, WriteError>>,
+) -> Result<T, WriteError> {
+    match timeout(patience, step).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(WriteError::Retry(format!("no answer from Postgres within {patience:?}"))),
+    }
+}
+
+/// A transaction that writes nothing does not wait for the standby; yet its duplicates may be rows of an earlier try that
+/// only this machine has. With a record of its own it waits for those too.
+pub(crate) async fn leave_a_record(client: &Client, rows: usize) -> Result<(), WriteError> {
+    if rows == 0 {
+        client.batch_execute("SELECT pg_logical_emit_message(true, 'tier0', 'nothing new')").await?;
+    }
+    Ok(())
 }
 
 /// A part of a payload as bytes of its own, sharing its memory.

@@ -96,10 +96,7 @@ impl Database {
     /// [`WriteError::Retry`] when there is no primary now.
     pub async fn client(&self) -> Result<Client, WriteError> {
         match self.pool.get().await {
-            Ok(client) => {
-                self.health.up();
-                Ok(client)
-            }
+            Ok(client) => Ok(client),
             Err(error) => {
                 let reason = full(&error).trim().to_owned();
                 self.health.down(reason.clone());
@@ -111,6 +108,11 @@ impl Database {
     #[must_use]
     pub fn commit_timeout(&self) -> Duration {
         self.settings.commit_timeout
+    }
+
+    /// A commit has succeeded. A connection alone says little: a standby may be away, and every commit with it.
+    pub fn works(&self) {
+        self.health.up();
     }
 
     /// Throws a connection away instead of giving it back: its state is unknown.

@@ -5,9 +5,11 @@
 //! twice that of a good batch however many are refused.
 
 use std::future::Future;
+use std::time::Duration;
 
 use deadpool_postgres::Client;
 
+use crate::batch::in_time;
 use crate::failure::WriteError;
 
 /// Rows still to be stored; `part` says which rows and how.
@@ -41,13 +43,15 @@ pub(crate) struct Isolated<P> {
     pub(crate) refused: Vec<(P, usize, String)>,
 }
 
-/// Stores everything that can be stored. `refused` are rows already known to be refused, not in `open`.
+/// Stores everything that can be stored, `patience` for each step: a deadline over all of them would begin again for ever when
+/// many rows are refused. `refused` are rows already known to be refused, not in `open`.
 ///
 /// # Errors
 /// Errors that are not the data's fault.
 pub(crate) async fn isolate<R: Rows>(
     rows: &R,
     client: &Client,
+    patience: Duration,
     mut open: Vec<Range<R::Part>>,
     refused: Vec<(R::Part, usize, String)>,
 ) -> Result<Isolated<R::Part>, WriteError> {
@@ -56,22 +60,26 @@ pub(crate) async fn isolate<R: Rows>(
         if range.from == range.to {
             continue;
         }
-        client.batch_execute("SAVEPOINT part").await?;
-        let error = match rows.store(client, range).await {
+        let stored = async {
+            client.batch_execute("SAVEPOINT part").await?;
+            let stored = rows.store(client, range).await?;
+            client.batch_execute("RELEASE part").await?;
+            Ok(stored)
+        };
+        let error = match in_time(patience, stored).await {
             Ok(stored) => {
                 isolated.stored += stored;
-                client.batch_execute("RELEASE part").await?;
                 continue;
             }
             Err(error) => error,
         };
         match (error, R::merging(range.part)) {
             (WriteError::Duplicate, Some(part)) => {
-                client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
+                in_time(patience, undo(client)).await?;
                 open.push(Range { part, ..range });
             }
             (WriteError::Data { message, line }, _) => {
-                client.batch_execute("ROLLBACK TO part; RELEASE part").await?;
+                in_time(patience, undo(client)).await?;
                 let named = line.map(|line| range.from + line).filter(|row| *row < range.to);
                 let alone = (range.to - range.from == 1).then_some(range.from);
                 match named.or(alone) {
@@ -89,4 +97,9 @@ pub(crate) async fn isolate<R: Rows>(
         }
     }
     Ok(isolated)
+}
+
+/// Back to before the range that failed.
+async fn undo(client: &Client) -> Result<(), WriteError> {
+    Ok(client.batch_execute("ROLLBACK TO part; RELEASE part").await?)
 }

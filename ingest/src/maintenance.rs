@@ -23,8 +23,9 @@ const ELECTION_LOCK: i64 = 0x7469_6572_3065_6c65;
 const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
 /// An index of one partition is built within this, or tried again.
 const UPKEEP_TIMEOUT: Duration = Duration::from_secs(600);
-/// Between two looks at the partitions. Far shorter than the time partitions are made ahead.
-const PERIOD: Duration = Duration::from_secs(5);
+/// Between two looks at the partitions: how long a partition whose time has passed waits for its index. Far shorter than
+/// the time partitions are made ahead.
+const PERIOD: Duration = Duration::from_secs(2);
 
 /// One per consumer process.
 #[derive(Debug)]
@@ -70,7 +71,9 @@ impl Maintenance {
         if !self.partitions {
             return std::future::pending().await;
         }
-        let client = self.database.client().await?;
+        // Out of the pool before the lock is asked for: an answer that comes too late must not leave it on a connection
+        // that a writer gets.
+        let client = Client::take(self.database.client().await?);
         let elected = "SELECT pg_try_advisory_lock($1)";
         let row =
             timeout(self.database.commit_timeout(), client.query_one(elected, &[&ELECTION_LOCK])).await??;
@@ -81,7 +84,7 @@ impl Maintenance {
             return Ok(());
         }
         tracing::info!("elected to keep the partitions");
-        let mut elected = Elected { client: Client::take(client), layout: Layout::new(&self.settings) };
+        let mut elected = Elected { client, layout: Layout::new(&self.settings) };
         loop {
             timeout(UPKEEP_TIMEOUT, elected.upkeep()).await??;
             backoff.reset();
@@ -91,7 +94,7 @@ impl Maintenance {
 
     /// The schema and the partitions that live readings need now.
     async fn prepare(&self) -> anyhow::Result<()> {
-        let mut client = self.database.client().await?;
+        let mut client = Client::take(self.database.client().await?);
         if self.migrate {
             schema::migrate(&mut client).await?;
         }
@@ -100,6 +103,7 @@ impl Maintenance {
         }
         let now = jiff::Timestamp::now().as_microsecond();
         ensure_ahead(&mut client, &Layout::new(&self.settings), now).await?;
+        self.database.works();
         Ok(())
     }
 }
@@ -111,7 +115,8 @@ async fn ensure_ahead(
     now_us: i64,
 ) -> Result<usize, WriteError> {
     let ahead = layout.width_us.max(60_000_000);
-    partitions::ensure(client, layout, now_us - layout.width_us, layout.window(now_us).1 + ahead).await
+    let cells = layout.cells_between(now_us - layout.width_us, layout.window(now_us).1 + ahead);
+    partitions::ensure(client, layout, &cells).await
 }
 
 struct Elected {
@@ -124,6 +129,7 @@ impl Elected {
     async fn upkeep(&mut self) -> Result<(), WriteError> {
         let now = jiff::Timestamp::now().as_microsecond();
         let (oldest, _) = self.layout.window(now);
+        partitions::finish_drops(&self.client).await?;
         let made = ensure_ahead(&mut self.client, &self.layout, now).await?;
         if made > 0 {
             tracing::info!(made, "partitions made");

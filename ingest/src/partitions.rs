@@ -4,6 +4,7 @@
 //! Nothing here blocks writers: partitions are attached and detached, never created or dropped in place, and indexes
 //! are built concurrently. There is no default partition, so a stray reading can never make one.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -49,16 +50,31 @@ impl Layout {
         (now_us - self.retention_us, now_us + self.tolerance_us)
     }
 
-    /// Spans to make so that `from..=to` is covered and nothing overlaps what exists.
+    /// The grid cells these times are in, each once, in order.
     #[must_use]
-    pub fn missing(&self, existing: &[Span], from_us: i64, to_us: i64) -> Vec<Span> {
+    pub fn cells(&self, times_us: impl Iterator<Item = i64>) -> Vec<i64> {
+        let cells: BTreeSet<i64> =
+            times_us.map(|time| time.div_euclid(self.width_us) * self.width_us).collect();
+        cells.into_iter().collect()
+    }
+
+    /// All grid cells of `from..=to`.
+    #[must_use]
+    pub fn cells_between(&self, from_us: i64, to_us: i64) -> Vec<i64> {
+        let step = usize::try_from(self.width_us).unwrap_or(usize::MAX);
+        let first = from_us.div_euclid(self.width_us) * self.width_us;
+        (first..=to_us).step_by(step).collect()
+    }
+
+    /// Spans to make so that the cells are covered and nothing overlaps what exists.
+    #[must_use]
+    pub fn missing(&self, existing: &[Span], cells: &[i64]) -> Vec<Span> {
         let mut existing = existing.to_vec();
         existing.sort_unstable();
         let mut spans = Vec::new();
-        let mut start = from_us.div_euclid(self.width_us) * self.width_us;
-        while start <= to_us {
+        for start in cells {
             let end = start + self.width_us;
-            let mut at = start;
+            let mut at = *start;
             for (taken_from, taken_to) in &existing {
                 if *taken_to <= at || *taken_from >= end {
                     continue;
@@ -71,7 +87,6 @@ impl Layout {
             if at < end {
                 spans.push((at, end));
             }
-            start = end;
         }
         spans
     }
@@ -109,16 +124,11 @@ pub async fn list(client: &Client) -> Result<Vec<Partition>, WriteError> {
 /// Partitions made in one transaction: each locks four relations, and the server's table of locks is finite.
 const MADE_AT_ONCE: usize = 64;
 
-/// Makes what is missing so that `from..=to` is covered. Returns how many were made.
+/// Makes what is missing so that the cells are covered. Returns how many were made.
 ///
 /// # Errors
 /// As classified by [`WriteError`]; what was made before stays, nothing is half made.
-pub async fn ensure(
-    client: &mut Client,
-    layout: &Layout,
-    from_us: i64,
-    to_us: i64,
-) -> Result<usize, WriteError> {
+pub async fn ensure(client: &mut Client, layout: &Layout, cells: &[i64]) -> Result<usize, WriteError> {
     let mut made = 0;
     loop {
         let transaction = client.transaction().await?;
@@ -126,7 +136,7 @@ pub async fn ensure(
         transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
         let existing: Vec<Span> =
             list(transaction.client()).await?.into_iter().map(|partition| partition.span).collect();
-        let missing = layout.missing(&existing, from_us, to_us);
+        let missing = layout.missing(&existing, cells);
         for (start, end) in missing.iter().take(MADE_AT_ONCE) {
             transaction.batch_execute(&create_sql(*start, *end)).await?;
         }
@@ -147,6 +157,32 @@ pub async fn index_device(client: &Client, partition: &Partition) -> Result<(), 
     client.batch_execute(&format!("DROP INDEX CONCURRENTLY IF EXISTS {name}_device")).await?;
     let sql = format!("CREATE INDEX CONCURRENTLY {name}_device ON {name} (device_id, timestamp_utc)");
     Ok(client.batch_execute(&sql).await?)
+}
+
+/// Finishes what a process that died while it dropped a partition has left: a detach that is pending (which would make
+/// every later one fail), a table that is detached and not dropped.
+///
+/// # Errors
+/// As classified by [`WriteError`].
+pub async fn finish_drops(client: &Client) -> Result<(), WriteError> {
+    const PENDING: &str = "SELECT c.relname::text FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid \
+        WHERE h.inhparent = 'device_telemetry'::regclass AND h.inhdetachpending";
+    const ORPHANS: &str = "SELECT c.relname::text FROM pg_class c \
+        WHERE c.relkind = 'r' AND c.relname ~ '^device_telemetry_\\d{8}_\\d{6}(_\\d{6})?$' \
+          AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'device_telemetry'::regclass) \
+          AND NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = c.oid)";
+    for row in client.query(PENDING, &[]).await? {
+        let name: &str = row.get(0);
+        client
+            .batch_execute(&format!("ALTER TABLE device_telemetry DETACH PARTITION {name} FINALIZE"))
+            .await?;
+    }
+    for row in client.query(ORPHANS, &[]).await? {
+        let name: &str = row.get(0);
+        client.batch_execute(&format!("DROP TABLE {name}")).await?;
+        tracing::warn!(table = name, "a partition that was detached and not dropped is dropped now");
+    }
+    Ok(())
 }
 
 /// Drops a partition without keeping writers of the others waiting.
@@ -213,7 +249,7 @@ mod tests {
         ) {
             let cuts: Vec<i64> = cuts.into_iter().collect();
             let existing: Vec<Span> = cuts.windows(2).zip(&keep).filter(|(_, keep)| **keep).map(|(w, _)| (w[0], w[1])).collect();
-            let made = LAYOUT.missing(&existing, from, from + length);
+            let made = LAYOUT.missing(&existing, &LAYOUT.cells_between(from, from + length));
             let mut all: Vec<Span> = existing.iter().chain(&made).copied().collect();
             all.sort_unstable();
             for pair in all.windows(2) {

@@ -6,11 +6,13 @@
 mod careful;
 mod encoded;
 
+use std::time::Duration;
+
 use deadpool_postgres::Client;
 use futures_util::SinkExt;
 use tokio::time::Instant;
 
-use crate::batch::{self, Committed, Deliveries, Path};
+use crate::batch::{self, Committed, Deliveries, Path, in_time};
 use crate::copy;
 use crate::dead_letter::{self, DeadLetter};
 use crate::delivery::Delivery;
@@ -88,15 +90,11 @@ impl batch::Batch for Batch {
     }
 
     fn bytes(&self) -> usize {
-        self.fresh.bytes() + self.suspects.bytes()
+        self.fresh.bytes() + self.suspects.bytes() + self.deliveries.letter_bytes()
     }
 
     fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
         self.fresh.timestamps().chain(self.suspects.timestamps())
-    }
-
-    fn span(&self) -> Option<(i64, i64)> {
-        Some((self.timestamps().min()?, self.timestamps().max()?))
     }
 
     fn seal(&mut self) {
@@ -104,19 +102,25 @@ impl batch::Batch for Batch {
         self.suspects.seal();
     }
 
-    async fn commit(&mut self, client: &mut Client, path: Path) -> Result<Committed, WriteError> {
+    async fn commit(
+        &mut self,
+        client: &mut Client,
+        path: Path,
+        patience: Duration,
+    ) -> Result<Committed, WriteError> {
         if self.parts() == 0 {
             return Ok(Committed::default());
         }
         let outcome = match path {
-            Path::Fast => self.commit_fast(client).await,
-            Path::Isolate | Path::Merge => self.commit_carefully(client, path).await,
+            Path::Fast => in_time(patience, self.commit_fast(client)).await,
+            // Many steps when many rows are refused: a deadline over all of them would begin again for ever.
+            Path::Isolate | Path::Merge => self.commit_carefully(client, path, patience).await,
         };
         if matches!(
             outcome,
             Err(WriteError::Duplicate | WriteError::MissingPartition | WriteError::Data { .. })
         ) {
-            client.batch_execute("ROLLBACK").await?;
+            in_time(patience, async { Ok(client.batch_execute("ROLLBACK").await?) }).await?;
         }
         outcome
     }
@@ -186,6 +190,7 @@ impl Batch {
     ) -> Result<Committed, WriteError> {
         dead_letter::insert(client, self.deliveries.letters()).await?;
         dead_letter::insert(client, refused).await?;
+        batch::leave_a_record(client, rows).await?;
         let copied_at = Instant::now();
         client.batch_execute("COMMIT").await?;
         Ok(Committed {

@@ -174,28 +174,22 @@ impl<B: Batch> Writer<B> {
 
     async fn attempt(&self, batch: &mut B, path: Path) -> Result<Committed, WriteError> {
         let mut client = self.database.client().await?;
-        match timeout(self.database.commit_timeout(), batch.commit(&mut client, path)).await {
-            Ok(Ok(committed)) => Ok(committed),
-            Ok(Err(error)) => {
-                if matches!(error, WriteError::Retry(_) | WriteError::Unknown(_)) {
-                    self.database.discard(client, &error.to_string());
-                }
-                Err(error)
+        let outcome = batch.commit(&mut client, path, self.database.commit_timeout()).await;
+        match &outcome {
+            Ok(_) => self.database.works(),
+            Err(error @ (WriteError::Retry(_) | WriteError::Unknown(_))) => {
+                self.database.discard(client, &error.to_string());
             }
-            // Dropped, not cancelled: a cancelled wait for the standby would be reported as a success.
-            Err(_) => {
-                let message = format!("no answer to a commit within {:?}", self.database.commit_timeout());
-                self.database.discard(client, &message);
-                Err(WriteError::Retry(message))
-            }
+            Err(_) => {}
         }
+        outcome
     }
 
     async fn make_partitions(&self, batch: &B) -> Result<usize, WriteError> {
-        let Some((from, to)) = batch.span() else { return Ok(0) };
-        let mut client = self.database.client().await?;
         let layout = Layout::new(&self.settings);
-        let making = partitions::ensure(&mut client, &layout, from, to);
+        let needed = layout.cells(batch.timestamps());
+        let mut client = self.database.client().await?;
+        let making = partitions::ensure(&mut client, &layout, &needed);
         match timeout(self.database.commit_timeout(), making).await {
             Ok(Ok(made)) => Ok(made),
             Ok(Err(error)) => {

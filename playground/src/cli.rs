@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::bench::sessions::BenchSessionsArgs;
 use crate::bench::{self, BenchArgs};
+use crate::drill::{self, Drill};
 use crate::home::Home;
 use crate::{commands, up};
 
@@ -68,6 +69,11 @@ Examples:
     Bench(BenchArgs),
     /// Measure user activity through RabbitMQ beside the broker's limit
     BenchSessions(BenchSessionsArgs),
+    /// Break things on purpose under load and check that nothing is lost
+    Drill {
+        #[command(subcommand)]
+        drill: Drill,
+    },
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
         #[arg(default_value = "region1")]
@@ -141,7 +147,7 @@ pub enum Part {
     Region2,
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     humantime_serde::re::humantime::parse_duration(text).map_err(|error| error.to_string())
 }
 
@@ -161,6 +167,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
         }

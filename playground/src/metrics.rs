@@ -72,6 +72,12 @@ impl Metrics {
         counts
     }
 
+    /// Both scrapes as one, for counters of processes that followed one another; sums add up.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self { samples: self.samples.iter().chain(&other.samples).cloned().collect() }
+    }
+
     /// Whether a series of this name was exported.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {

@@ -90,6 +90,11 @@ pub fn load<T: Settings>(
         let (key, value) = text
             .split_once('=')
             .ok_or_else(|| SettingsError(format!("--set {text}: expected SECTION.KEY=VALUE")))?;
+        if is_secret(key.trim().rsplit('.').next().unwrap_or(key)) {
+            let message =
+                format!("--set {key}: a secret on a command line is seen by everybody; use the environment");
+            return Err(SettingsError(message));
+        }
         builder = builder.set_override(key.trim(), value.trim()).map_err(fail)?;
     }
     let merged = builder.build().map_err(fail)?;

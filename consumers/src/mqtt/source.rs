@@ -62,8 +62,7 @@ impl Source {
             let error = match opened {
                 Ok(connection) => {
                     tracing::info!(session_present = connection.session_present, "connected to the broker");
-                    backoff.reset();
-                    match self.serve(connection, generation, &mut queue, &shutdown).await {
+                    match self.serve(connection, generation, &mut queue, &shutdown, &mut backoff).await {
                         End::Drained => return,
                         End::Failed(error) => error,
                     }
@@ -97,6 +96,7 @@ impl Source {
         generation: u32,
         queue: &mut Option<Sender>,
         shutdown: &CancellationToken,
+        backoff: &mut Backoff,
     ) -> End {
         let keep_alive = self.broker.keep_alive;
         let mut ping = tokio::time::interval(keep_alive / 2);
@@ -131,6 +131,7 @@ impl Source {
                             Ok(confirmed) => {
                                 if confirmed && !subscribed {
                                     subscribed = true;
+                                    backoff.reset();
                                     self.source_metrics.connected.set(1);
                                     self.health.up();
                                 }

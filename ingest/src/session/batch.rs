@@ -5,6 +5,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use deadpool_postgres::Client;
@@ -13,7 +14,7 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{Detail, Session, decode};
-use crate::batch::{self, Committed, Deliveries, Path};
+use crate::batch::{self, Committed, Deliveries, Path, in_time};
 use crate::copy;
 use crate::dead_letter::{self, DeadLetter};
 use crate::delivery::Delivery;
@@ -172,10 +173,6 @@ impl batch::Batch for Batch {
         self.events.iter().map(|event| event.at_us)
     }
 
-    fn span(&self) -> Option<(i64, i64)> {
-        None
-    }
-
     /// Sessions in the order of their ids: the order in which the table's rows are locked.
     fn seal(&mut self) {
         let mut order: Vec<usize> = (0..self.sessions.len()).collect();
@@ -195,16 +192,21 @@ impl batch::Batch for Batch {
         self.sessions.sort_unstable_by(|a, b| a.session_id.cmp(&b.session_id));
     }
 
-    async fn commit(&mut self, client: &mut Client, path: Path) -> Result<Committed, WriteError> {
+    async fn commit(
+        &mut self,
+        client: &mut Client,
+        path: Path,
+        patience: Duration,
+    ) -> Result<Committed, WriteError> {
         if self.parts() == 0 {
             return Ok(Committed::default());
         }
         let outcome = match path {
-            Path::Fast | Path::Merge => self.commit_fast(client).await,
-            Path::Isolate => self.commit_carefully(client).await,
+            Path::Fast | Path::Merge => in_time(patience, self.commit_fast(client)).await,
+            Path::Isolate => self.commit_carefully(client, patience).await,
         };
         if matches!(outcome, Err(WriteError::Duplicate | WriteError::Data { .. })) {
-            client.batch_execute("ROLLBACK").await?;
+            in_time(patience, async { Ok(client.batch_execute("ROLLBACK").await?) }).await?;
         }
         outcome
     }
@@ -241,18 +243,22 @@ impl Batch {
         self.finish(client, sessions + reports, &[], started).await
     }
 
-    async fn commit_carefully(&mut self, client: &Client) -> Result<Committed, WriteError> {
+    async fn commit_carefully(
+        &mut self,
+        client: &Client,
+        patience: Duration,
+    ) -> Result<Committed, WriteError> {
         let started = Instant::now();
-        client.batch_execute(BEGIN).await?;
+        in_time(patience, async { Ok(client.batch_execute(BEGIN).await?) }).await?;
         let open = vec![
             Range { part: Part::Reports, from: 0, to: self.reports.len() },
             Range { part: Part::Sessions, from: 0, to: self.sessions.len() },
         ];
-        let Isolated { stored, refused } = isolate(self, client, open, Vec::new()).await?;
+        let Isolated { stored, refused } = isolate(self, client, patience, open, Vec::new()).await?;
         let letters: Vec<(usize, DeadLetter)> =
             refused.into_iter().flat_map(|(part, row, error)| self.letters(part, row, &error)).collect();
         let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
-        let done = self.finish(client, stored, &letters, started).await?;
+        let done = in_time(patience, self.finish(client, stored, &letters, started)).await?;
         self.deliveries.refused_by_database(deliveries);
         Ok(done)
     }
@@ -283,6 +289,7 @@ impl Batch {
     ) -> Result<Committed, WriteError> {
         dead_letter::insert(client, self.deliveries.letters()).await?;
         dead_letter::insert(client, refused).await?;
+        batch::leave_a_record(client, rows).await?;
         let copied_at = Instant::now();
         client.batch_execute("COMMIT").await?;
         Ok(Committed {

@@ -1,12 +1,14 @@
 //! The careful path: rows that are stored already left out, rows the database refuses found and dead-lettered, in one
 //! transaction.
 
+use std::time::Duration;
+
 use deadpool_postgres::Client;
 use tokio::time::Instant;
 
 use super::Batch;
 use super::encoded::Encoded;
-use crate::batch::{Committed, Path};
+use crate::batch::{Committed, Path, in_time};
 use crate::dead_letter::DeadLetter;
 use crate::failure::WriteError;
 use crate::isolation::{Isolated, Range, Rows, isolate};
@@ -50,17 +52,18 @@ impl Batch {
         &mut self,
         client: &Client,
         path: Path,
+        patience: Duration,
     ) -> Result<Committed, WriteError> {
         let started = Instant::now();
-        client.batch_execute("BEGIN").await?;
-        let isolated = self.sort_out(client, path).await?;
+        in_time(patience, async { Ok(client.batch_execute("BEGIN").await?) }).await?;
+        let isolated = self.sort_out(client, path, patience).await?;
         let letters: Vec<(usize, DeadLetter)> = isolated
             .refused
             .into_iter()
             .filter_map(|(part, row, message)| self.letter(part, row, message))
             .collect();
         let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
-        let done = self.finish(client, isolated.stored, &letters, started).await?;
+        let done = in_time(patience, self.finish(client, isolated.stored, &letters, started)).await?;
         self.deliveries.refused_by_database(deliveries);
         Ok(done)
     }
@@ -73,7 +76,12 @@ impl Batch {
     }
 
     /// Stores everything that can be stored, in the connection's transaction.
-    async fn sort_out(&self, client: &Client, path: Path) -> Result<Isolated<Part>, WriteError> {
+    async fn sort_out(
+        &self,
+        client: &Client,
+        path: Path,
+        patience: Duration,
+    ) -> Result<Isolated<Part>, WriteError> {
         let how = if path == Path::Isolate { How::Copy } else { How::Merge };
         let fresh = Range { part: Part::Fresh(how), from: 0, to: self.fresh.len() };
         let suspects = Range { part: Part::Suspects, from: 0, to: self.suspects.len() };
@@ -81,9 +89,10 @@ impl Batch {
         match self.named.as_ref().filter(|(row, _)| path == Path::Isolate && *row < fresh.to) {
             Some((row, message)) => {
                 let open = vec![suspects, Range { from: row + 1, ..fresh }, Range { to: *row, ..fresh }];
-                isolate(self, client, open, vec![(fresh.part, *row, message.clone())]).await
+                let refused = vec![(fresh.part, *row, message.clone())];
+                isolate(self, client, patience, open, refused).await
             }
-            None => isolate(self, client, vec![suspects, fresh], Vec::new()).await,
+            None => isolate(self, client, patience, vec![suspects, fresh], Vec::new()).await,
         }
     }
 

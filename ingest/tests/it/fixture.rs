@@ -19,6 +19,8 @@ use service::health::Health;
 use service::secret::Secret;
 use tokio::time::Instant;
 
+const PATIENCE: Duration = Duration::from_secs(5);
+
 pub(crate) struct Fixture {
     _cluster: Cluster,
     pub(crate) database: Database,
@@ -43,7 +45,7 @@ impl Fixture {
         let mut client = database.client().await.unwrap();
         ingest::schema::migrate(&mut client).await.unwrap();
         let now_us = jiff::Timestamp::now().as_microsecond();
-        partitions::ensure(&mut client, &layout(), now_us, now_us).await.unwrap();
+        partitions::ensure(&mut client, &layout(), &layout().cells([now_us].into_iter())).await.unwrap();
         drop(client);
         let db = cluster.connect(Role::Owner).await.unwrap();
         Self { _cluster: cluster, database, db, now_us, recent: Recent::default(), _scratch: scratch }
@@ -69,13 +71,13 @@ impl Fixture {
         let mut client = self.database.client().await.unwrap();
         let mut path = Path::Fast;
         for _ in 0..4 {
-            match batch.commit(&mut client, path).await {
+            match batch.commit(&mut client, path, PATIENCE).await {
                 Ok(committed) => return committed,
                 Err(WriteError::Duplicate) => path = Path::Merge,
                 Err(WriteError::Data { .. }) => path = Path::Isolate,
                 Err(WriteError::MissingPartition) => {
-                    let (from, to) = batch.span().unwrap();
-                    partitions::ensure(&mut client, &layout(), from, to).await.unwrap();
+                    let needed = layout().cells(batch.timestamps());
+                    partitions::ensure(&mut client, &layout(), &needed).await.unwrap();
                 }
                 Err(error) => panic!("{error}"),
             }

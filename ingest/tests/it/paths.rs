@@ -165,6 +165,8 @@ async fn a_late_reading_gets_its_partition() {
         fixture.push(&mut batch, delivery)
     };
     assert_eq!(counts(&fixture.commit(&mut batch).await), (2, 0));
+    let partitions = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'device_telemetry'::regclass";
+    assert_eq!(fixture.count(partitions).await, 2, "one for now, one for the late reading, none in between");
     let out = "SELECT count(*) FROM dead_letters WHERE reason = 'timestamp_out_of_range'";
     assert_eq!(fixture.count(out).await, 2);
 }

@@ -14,6 +14,8 @@ use tokio::time::Instant;
 
 use crate::fixture::Fixture;
 
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+
 fn delivery(number: usize, payload: String) -> Delivery {
     Delivery {
         topic: Bytes::from_static(b"user_activity_queue"),
@@ -36,8 +38,8 @@ fn batch(fixture: &Fixture, payloads: &[String]) -> Batch {
 /// Commits as a writer does. Returns rows and duplicates.
 async fn commit(fixture: &Fixture, batch: &mut Batch) -> (usize, usize) {
     let mut client = fixture.database.client().await.unwrap();
-    let committed = match batch.commit(&mut client, Path::Fast).await {
-        Err(WriteError::Data { .. }) => batch.commit(&mut client, Path::Isolate).await,
+    let committed = match batch.commit(&mut client, Path::Fast, PATIENCE).await {
+        Err(WriteError::Data { .. }) => batch.commit(&mut client, Path::Isolate, PATIENCE).await,
         other => other,
     };
     let committed = committed.unwrap();

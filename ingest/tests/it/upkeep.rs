@@ -17,15 +17,30 @@ async fn partitions_come_and_go_while_a_writer_has_the_table_open() {
 
     let layout = layout();
     let hour_ago = fixture.now_us - 3_600_000_000;
-    let made = partitions::ensure(&mut client, &layout, hour_ago, fixture.now_us).await.unwrap();
+    let made = partitions::ensure(&mut client, &layout, &layout.cells_between(hour_ago, fixture.now_us))
+        .await
+        .unwrap();
     assert_eq!(made, 60, "an hour of one minute each, the newest was there");
-    assert_eq!(partitions::ensure(&mut client, &layout, hour_ago, fixture.now_us).await.unwrap(), 0);
+    assert_eq!(
+        partitions::ensure(&mut client, &layout, &layout.cells_between(hour_ago, fixture.now_us))
+            .await
+            .unwrap(),
+        0
+    );
     let list = partitions::list(&client).await.unwrap();
     assert_eq!(list.len(), 61);
     writer.commit().await.unwrap();
 
     partitions::index_device(&client, &list[0]).await.unwrap();
     partitions::index_device(&client, &list[0]).await.unwrap();
+    // A process that died between detaching and dropping.
+    let orphan = format!("ALTER TABLE device_telemetry DETACH PARTITION {}", list[2].name);
+    client.batch_execute(&orphan).await.unwrap();
+    partitions::finish_drops(&client).await.unwrap();
+    let tables = format!("SELECT count(*) FROM pg_class WHERE relname = '{}'", list[2].name);
+    assert_eq!(fixture.count(&tables).await, 0);
+    partitions::ensure(&mut client, &layout, &[list[2].span.0]).await.unwrap();
+
     partitions::drop_expired(&client, &list[1]).await.unwrap();
     let after = partitions::list(&client).await.unwrap();
     assert_eq!(after.len(), 60);
@@ -34,6 +49,8 @@ async fn partitions_come_and_go_while_a_writer_has_the_table_open() {
     assert_eq!(fixture.readings().await, 1);
 
     let finer = Layout { width_us: 30_000_000, ..layout };
-    let made = partitions::ensure(&mut client, &finer, hour_ago, fixture.now_us).await.unwrap();
+    let made = partitions::ensure(&mut client, &finer, &finer.cells_between(hour_ago, fixture.now_us))
+        .await
+        .unwrap();
     assert_eq!(made, 2, "another width fills the gap only");
 }

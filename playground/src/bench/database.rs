@@ -41,7 +41,8 @@ pub(super) async fn measure(floor: &Floor, rows: u64) -> anyhow::Result<Measured
                 let next = batches.lock().unwrap_or_else(PoisonError::into_inner).pop();
                 let Some(mut batch) = next else { return Ok(committed) };
                 let mut client = database.client().await?;
-                committed += batch.commit(&mut client, Path::Fast).await?.rows as u64;
+                committed +=
+                    batch.commit(&mut client, Path::Fast, database.commit_timeout()).await?.rows as u64;
             }
         });
     }

@@ -98,7 +98,8 @@ impl Floor {
         let layout = Layout::new(&IngestSettings::default());
         let now_us = jiff::Timestamp::now().as_microsecond();
         let mut db = self.cluster.connect(Role::Owner).await?;
-        partitions::ensure(&mut db, &layout, now_us - layout.width_us, now_us + layout.width_us).await?;
+        let cells = layout.cells_between(now_us - layout.width_us, now_us + 3 * layout.width_us);
+        partitions::ensure(&mut db, &layout, &cells).await?;
         Ok(())
     }
 

@@ -83,6 +83,10 @@ impl Summary {
             Some(report) => (report.verdict(), report.holds()),
             None => agreement(nodes),
         };
+        if ledger.is_some_and(|ledger| ledger.acknowledged == 0) {
+            holds = false;
+            verdict = "nothing was acknowledged, so nothing is shown".into();
+        }
         if !trouble.is_empty() {
             holds = false;
             verdict = format!("{verdict}; {}", trouble.join("; "));

@@ -18,7 +18,7 @@ Examples:
   device-simulator --connections 5000 --devices 5000                     a connection per device
   device-simulator --trouble not_json=0.01 --trouble duplicate=0.05      bad messages on purpose
 
-Trouble (fractions of all messages): not_json, wrong_type, missing_field, topic_mismatch, nul_character, too_large,
+Trouble (fractions of all messages): not_json, wrong_type, missing_field, topic_mismatch, nul_character, huge_number, too_large,
 too_old, far_future, late, duplicate. Every flag is a setting of section [device_simulator]; --print-config shows all.
 Environment: TIER0__MQTT__HOST, TIER0__MQTT__PASSWORD, TIER0__DEVICE_SIMULATOR__DEVICES and so on.";
 

@@ -25,6 +25,8 @@ pub struct TroubleSettings {
     pub topic_mismatch: f64,
     /// A NUL character in a string, which Postgres refuses in jsonb.
     pub nul_character: f64,
+    /// A number beyond what jsonb can hold: valid JSON that only the database can refuse.
+    pub huge_number: f64,
     /// A payload of `oversize`. Must be above what consumers take and below what they announce to the broker as
     /// their maximum packet size: what is above that, the broker drops without a word.
     pub too_large: f64,
@@ -57,6 +59,7 @@ impl Default for TroubleSettings {
             missing_field: 0.0,
             topic_mismatch: 0.0,
             nul_character: 0.0,
+            huge_number: 0.0,
             too_large: 0.0,
             too_old: 0.0,
             far_future: 0.0,
@@ -80,6 +83,7 @@ pub enum Flaw {
     MissingField,
     TopicMismatch,
     NulCharacter,
+    HugeNumber,
     TooLarge,
     TooOld,
     FarFuture,
@@ -110,7 +114,7 @@ impl Flaw {
             Self::TopicMismatch => Some(3),
             Self::TooOld | Self::FarFuture => Some(4),
             Self::TooLarge => Some(5),
-            Self::NulCharacter => Some(6),
+            Self::NulCharacter | Self::HugeNumber => Some(6),
         }
     }
 
@@ -132,13 +136,14 @@ impl Flaw {
 }
 
 impl TroubleSettings {
-    fn rates(&self) -> [(&'static str, f64, Flaw); 10] {
+    fn rates(&self) -> [(&'static str, f64, Flaw); 11] {
         [
             ("not_json", self.not_json, Flaw::NotJson),
             ("wrong_type", self.wrong_type, Flaw::WrongType),
             ("missing_field", self.missing_field, Flaw::MissingField),
             ("topic_mismatch", self.topic_mismatch, Flaw::TopicMismatch),
             ("nul_character", self.nul_character, Flaw::NulCharacter),
+            ("huge_number", self.huge_number, Flaw::HugeNumber),
             ("too_large", self.too_large, Flaw::TooLarge),
             ("too_old", self.too_old, Flaw::TooOld),
             ("far_future", self.far_future, Flaw::FarFuture),
@@ -233,6 +238,7 @@ pub fn spoil(out: &mut Vec<u8>, from: usize, flaw: Flaw, variant: u64) {
         Flaw::NulCharacter if variant.is_multiple_of(2) => {
             text.replacen("\"vendor\":\"", "\"vendor\":\"\\u0000", 1)
         }
+        Flaw::HugeNumber => text.replacen("\"metrics\":{", "\"metrics\":{\"overflow\":1e999999,", 1),
         Flaw::NulCharacter => text.replacen("\"message\":\"", "\"message\":\"NUL \\u0000 here: ", 1),
         _ => return,
     };
