@@ -232,7 +232,7 @@ mod tests {
     #[test]
     fn every_life_makes_sense_and_all_kinds_of_steps_happen() {
         let mut world = World::new(1, 200);
-        let mut states = vec![State::Offline; 200];
+        let mut states = [State::Offline; 200];
         let mut counts = [0; 5];
         for _ in 0..200_000 {
             match world.step() {
