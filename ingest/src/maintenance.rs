@@ -98,11 +98,10 @@ impl Maintenance {
         if self.migrate {
             schema::migrate(&mut client).await?;
         }
-        if !self.partitions {
-            return Ok(());
+        if self.partitions {
+            let now = jiff::Timestamp::now().as_microsecond();
+            ensure_ahead(&mut client, &Layout::new(&self.settings), now).await?;
         }
-        let now = jiff::Timestamp::now().as_microsecond();
-        ensure_ahead(&mut client, &Layout::new(&self.settings), now).await?;
         self.database.works();
         Ok(())
     }
