@@ -8,6 +8,7 @@ mod floor;
 mod insert;
 mod pipeline;
 mod report;
+pub mod sessions;
 mod subscriber;
 mod usual;
 

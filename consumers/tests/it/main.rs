@@ -7,3 +7,4 @@ mod command_line;
 mod floor;
 mod outages;
 mod scale_out;
+mod sessions;
