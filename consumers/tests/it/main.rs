@@ -4,6 +4,8 @@
 
 mod bad_input;
 mod command_line;
+mod fake_broker;
 mod floor;
 mod outages;
 mod scale_out;
+mod source;

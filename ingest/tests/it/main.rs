@@ -5,4 +5,5 @@
 mod encoding;
 mod fixture;
 mod paths;
+mod standby;
 mod upkeep;
