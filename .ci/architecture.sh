@@ -45,6 +45,8 @@ not_direct consumers tokio-postgres deadpool-postgres refinery
 not_below consumers simulators playground
 # simulators: publish and remember; never see the database.
 not_below simulators tokio-postgres deadpool-postgres ingest consumers playground
+# failover: regions and servers; knows no telemetry, and production code never the playground.
+not_below failover rumqttc lapin wire ingest consumers simulators playground
 
 [ "$bad" -eq 0 ] && echo "architecture: all invariants hold"
 exit "$bad"

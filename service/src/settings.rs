@@ -24,6 +24,9 @@ pub const SECTIONS: &[&str] = &[
     "rabbitmq_consumer",
     "device_simulator",
     "user_simulator",
+    "region_agent",
+    "orchestrator",
+    "redis",
 ];
 
 const PREFIX: &str = "TIER0";

@@ -6,4 +6,5 @@ mod encoding;
 mod fixture;
 mod paths;
 mod sessions;
+mod standby;
 mod upkeep;

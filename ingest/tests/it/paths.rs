@@ -1,5 +1,7 @@
 //! Fast path, merge, isolation: every reading is one row or one dead letter, and the rest is not harmed.
 
+use std::time::{Duration, Instant};
+
 use ingest::batch::{Batch as _, Committed};
 use ingest::dead_letter::Reason;
 use playground::cluster::Options;
@@ -92,6 +94,32 @@ async fn rows_the_database_refuses_cost_only_themselves() {
         .map(|s| s.ack.id)
         .collect();
     assert_eq!(rejected, [0, 17, 18, 500, 999, 1000]);
+}
+
+/// Each refused row takes a few steps. The deadline is for a step: for all of them together it would never be met, and
+/// the batch would begin again for ever.
+#[tokio::test]
+async fn many_refused_rows_do_not_run_into_the_commit_timeout() {
+    const ROWS: usize = 1_200;
+    let mut fixture = Fixture::new(Options::alone()).await;
+    let mut patience = Duration::from_secs(60);
+    // The first time shows how long this takes on this machine.
+    for round in 0..2 {
+        let mut batch = fixture.batch();
+        for number in 0..ROWS {
+            let metrics = if number % 3 == 0 { POISON } else { "{}" };
+            let delivery = fixture.delivery(round * ROWS + number, 0, metrics);
+            fixture.push(&mut batch, delivery);
+        }
+        batch.seal();
+        let started = Instant::now();
+        let committed = fixture.try_commit(&mut batch, patience).await.unwrap();
+        assert_eq!(counts(&committed), (ROWS * 2 / 3, 0));
+        let took = started.elapsed();
+        assert!(round == 0 || took > patience, "{took:?} within a patience of {patience:?} shows nothing");
+        patience = took / 4;
+    }
+    assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, (ROWS / 3 * 2) as i64);
 }
 
 #[tokio::test]
