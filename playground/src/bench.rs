@@ -10,6 +10,7 @@ pub mod growth;
 mod insert;
 mod pipeline;
 mod report;
+pub mod sessions;
 mod subscriber;
 mod usual;
 

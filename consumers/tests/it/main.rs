@@ -8,4 +8,5 @@ mod fake_broker;
 mod floor;
 mod outages;
 mod scale_out;
+mod sessions;
 mod source;
