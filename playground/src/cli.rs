@@ -68,8 +68,6 @@ Examples:
   tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
     )]
     Bench(BenchArgs),
-    /// Measure user activity through RabbitMQ beside the broker's limit
-    BenchSessions(BenchSessionsArgs),
     /// Measure how the rates hold as the table grows, and draw them
     #[command(
         after_help = "Starts its own servers on free ports. 50 million rows take about fifteen minutes and 70 GB of disk for both nodes.
@@ -77,6 +75,8 @@ Example:
   tier0 bench-growth --rows 10000000 --step 1000000 --chart growth.svg"
     )]
     BenchGrowth(GrowthArgs),
+    /// Measure user activity through RabbitMQ beside the broker's limit
+    BenchSessions(BenchSessionsArgs),
     /// Break things on purpose under load and check that nothing is lost
     Drill {
         #[command(subcommand)]
@@ -174,8 +174,8 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
-            Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchGrowth(args) => bench::growth::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
