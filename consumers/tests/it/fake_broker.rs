@@ -211,7 +211,7 @@ pub(crate) struct Rig {
     pub(crate) source_metrics: SourceMetrics,
     pub(crate) shutdown: CancellationToken,
     settlements: Arc<Settlements>,
-    receiver: Receiver,
+    receiver: Receiver<()>,
     waiting: VecDeque<Delivery>,
     next_ticket: u64,
     task: JoinSet<anyhow::Result<()>>,

@@ -9,4 +9,5 @@ mod floor;
 mod leave;
 mod outages;
 mod scale_out;
+mod sessions;
 mod source;

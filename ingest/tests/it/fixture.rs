@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use ingest::batch::{Batch as _, Committed, Path};
 use ingest::database::Database;
 use ingest::delivery::{Ack, Delivery};
 use ingest::failure::WriteError;
@@ -10,7 +11,7 @@ use ingest::partitions::{self, Layout};
 use ingest::reading::Rules;
 use ingest::recent::Recent;
 use ingest::settings::{DatabaseSettings, IngestSettings};
-use ingest::telemetry::{Batch, Committed, Path};
+use ingest::telemetry::Batch;
 use playground::cluster::{Cluster, Options};
 use playground::postgres::{Db, Role};
 use playground::scratch::Scratch;

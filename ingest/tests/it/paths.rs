@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use ingest::batch::{Batch as _, Committed};
 use ingest::dead_letter::Reason;
-use ingest::telemetry::Committed;
 use playground::cluster::Options;
 
 use crate::fixture::{Fixture, message, reading};
@@ -35,7 +35,7 @@ async fn check_duplicates(remembered: bool) {
     assert_eq!(fixture.readings().await, 150);
     let first = "SELECT count(*) FROM device_telemetry WHERE metrics = '{\"rpm\": 1}'";
     assert_eq!(fixture.count(first).await, 100, "the first delivery counts");
-    let settled = batch.settle();
+    let settled = batch.deliveries_mut().settle();
     assert_eq!(settled.len(), 101);
     assert!(settled.iter().all(|settled| settled.rejected.is_none()));
 }
@@ -86,8 +86,13 @@ async fn rows_the_database_refuses_cost_only_themselves() {
         }
         assert_eq!(row.get::<_, &str>(4), "mqtt");
     }
-    let rejected: Vec<u64> =
-        batch.settle().into_iter().filter(|s| s.rejected.is_some()).map(|s| s.ack.id).collect();
+    let rejected: Vec<u64> = batch
+        .deliveries_mut()
+        .settle()
+        .into_iter()
+        .filter(|s| s.rejected.is_some())
+        .map(|s| s.ack.id)
+        .collect();
     assert_eq!(rejected, [0, 17, 18, 500, 999, 1000]);
 }
 
@@ -136,7 +141,7 @@ async fn a_batch_of_nothing_but_poison_and_duplicates_ends() {
     }
     assert_eq!(counts(&fixture.commit(&mut batch).await), (20, 20));
     assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, 40);
-    let reasons: Vec<Reason> = batch.reasons().collect();
+    let reasons: Vec<Reason> = batch.deliveries().reasons().collect();
     assert_eq!(reasons, [Reason::RejectedByDatabase; 40]);
 }
 
@@ -162,7 +167,7 @@ async fn a_refused_element_of_an_array_is_named_alone() {
     let payloads: Vec<String> =
         letters.iter().map(|row| String::from_utf8(row.get::<_, Vec<u8>>(0)).unwrap()).collect();
     assert_eq!(payloads, ["17".to_owned(), elements[5].clone()]);
-    let settled = batch.settle();
+    let settled = batch.deliveries_mut().settle();
     assert_eq!(settled.iter().map(|s| s.rejected.is_some()).collect::<Vec<_>>(), [true, false]);
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ingest::batch::Batch as _;
 use ingest::failure::WriteError;
 use playground::child::Reach;
 use playground::cluster::Options;
