@@ -6,4 +6,6 @@ mod cut_over;
 mod encoding;
 mod fixture;
 mod paths;
+mod sessions;
+mod standby;
 mod upkeep;
