@@ -49,24 +49,25 @@ impl Redis {
     /// When Redis is not installed or does not come up.
     pub async fn start(scratch: &Scratch) -> anyhow::Result<Self> {
         let ports = (0..5).map(|_| Port::free()).collect::<anyhow::Result<_>>()?;
-        Self::open(scratch.path(), ports).await
+        Self::open(scratch.path(), ports, 0).await
     }
 
-    /// With data in `dir/redis-region1` and so on: ports of two instances, then of three Sentinels.
+    /// With data in `dir/redis-region1` and so on: ports of two instances, then of three Sentinels. `master` is the index
+    /// of the instance that begins as such; what they last agreed on is forgotten, their data is kept.
     ///
     /// # Errors
     /// As [`Redis::start`].
-    pub async fn open(dir: &Path, ports: Vec<Port>) -> anyhow::Result<Self> {
+    pub async fn open(dir: &Path, ports: Vec<Port>, master: usize) -> anyhow::Result<Self> {
         let mut ports = ports.into_iter();
         let mut next = || ports.next().context("five ports");
         let mut instances = Vec::new();
         for region in 1..=2 {
-            let server = Server::new(dir, &format!("redis-region{region}"), next()?, false)?;
-            let replica_of = instances.first().map(|first: &Server| first.port());
-            server.configure_instance(replica_of)?;
-            instances.push(server);
+            instances.push(Server::new(dir, &format!("redis-region{region}"), next()?, false)?);
         }
-        let master = instances.first().context("an instance")?.port();
+        let master = instances.get(master).context("an instance")?.port();
+        for server in &instances {
+            server.configure_instance(Some(master).filter(|port| *port != server.port()))?;
+        }
         let mut sentinels = Vec::new();
         for number in 1..=3 {
             let server = Server::new(dir, &format!("sentinel-{number}"), next()?, true)?;
@@ -97,6 +98,18 @@ impl Redis {
             }
         }
         Err(failure)
+    }
+
+    /// Stops all of it, Sentinels first.
+    ///
+    /// # Errors
+    /// When one does not end in time; the others are stopped all the same.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        let mut outcome = Ok(());
+        for server in self.sentinels.iter_mut().chain(&mut self.instances) {
+            outcome = outcome.and(server.stop().await);
+        }
+        outcome
     }
 
     /// The settings by which the orchestrator finds this.
@@ -149,7 +162,7 @@ impl Server {
         Ok(Self { name: name.into(), dir, log, port, account, sentinel, child: None })
     }
 
-    /// Written once: Redis and Sentinel keep what they learn in their own configuration.
+    /// Redis and Sentinel write what they learn into this file.
     fn configure_instance(&self, replica_of: Option<u16>) -> anyhow::Result<()> {
         let mut text = format!(
             "port {}\nbind 127.0.0.1\ndir {}\nappendonly yes\nappendfsync everysec\nsave \"\"\nrepl-diskless-sync-delay 0\n\
@@ -175,9 +188,6 @@ impl Server {
 
     fn configure(&self, text: &str) -> anyhow::Result<()> {
         let path = self.dir.join("server.conf");
-        if path.exists() {
-            return Ok(());
-        }
         private_file(&path, text, self.account.as_ref())
     }
 
@@ -236,6 +246,17 @@ impl Server {
 
     pub fn is_running(&mut self) -> bool {
         self.child.as_mut().is_some_and(|child| child.ended().is_none())
+    }
+
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// `None` when it is not running.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.child.as_ref().map(Child::pid)
     }
 
     #[must_use]

@@ -64,7 +64,7 @@ pub(super) async fn finish(
         },
         None => None,
     };
-    stack.cluster.wait_replayed(REPLAY).await?;
+    stack.settle(REPLAY).await?;
     let scope = match home.run()? {
         Some(Run { first_transaction }) if stack.kept => Scope::Run { first_transaction },
         _ => Scope::Everything,
