@@ -90,6 +90,14 @@ Example:
     BenchGrowth(GrowthArgs),
     /// Measure user activity through RabbitMQ beside the broker's limit
     BenchSessions(BenchSessionsArgs),
+    /// Measure how long nobody can write when a region is lost, beside what Postgres itself needs
+    #[command(
+        after_help = "Starts its own servers on free ports; nothing of `up` is touched. About eight minutes with the defaults.
+Examples:
+  tier0 bench-failover
+  tier0 bench-failover --only postmaster_kill --only floor --rounds 20"
+    )]
+    BenchFailover(bench::failover::FailoverBenchArgs),
     /// Break things on purpose under load and check that nothing is lost
     Drill {
         #[command(subcommand)]
@@ -190,6 +198,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchGrowth(args) => bench::growth::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchFailover(args) => bench::failover::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,

@@ -277,6 +277,19 @@ impl Cluster {
         self.configure()
     }
 
+    /// Names of the nodes that accept writes now, asked directly.
+    pub async fn writable(&self) -> Vec<String> {
+        let mut writable = Vec::new();
+        for node in &self.nodes {
+            let Ok(db) = node.admin().await else { continue };
+            let row = db.query_one("SELECT pg_is_in_recovery()", &[]).await;
+            if row.is_ok_and(|row| !row.get::<_, bool>(0)) {
+                writable.push(node.name().to_owned());
+            }
+        }
+        writable
+    }
+
     /// A connection to `tier0_db` on the primary.
     ///
     /// # Errors
