@@ -167,8 +167,11 @@ async fn live(
                 look_for_first_row(stack, sampler).await;
             }
             _ = ticks.tick() => {
-                if stack.sessions.as_mut().is_some_and(sessions::Sessions::progress) {
+                if let Some(lines) = stack.sessions.as_mut().and_then(sessions::Sessions::progress) {
                     home.write_state(&state(stack))?;
+                    if screen.is_none() {
+                        lines.into_iter().for_each(say);
+                    }
                 }
                 if stack.finished() {
                     return Ok(End::Finished);

@@ -301,9 +301,7 @@ async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, Option
         }
     };
     for (node, wanted) in cluster.nodes.iter().zip(POSTGRES_PORTS) {
-        if node.port() != wanted {
-            taken(node.name(), wanted, node.port());
-        }
+        taken(node.name(), wanted, node.port()).into_iter().for_each(say);
     }
     let regions = if standby { Some(take_over(dir, &mut cluster).await?) } else { None };
     if kept {
@@ -350,19 +348,23 @@ async fn fill(owner: tokio_postgres::Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
+fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
     let port = Port::near(wanted)?;
-    if port.number() != wanted {
-        taken(name, wanted, port.number());
-    }
+    taken(name, wanted, port.number()).into_iter().for_each(say);
     Ok(port)
 }
 
-fn taken(name: &str, wanted: u16, used: u16) {
-    say(format!("  {name}: port {wanted} is taken, using {used} instead"));
+/// What there is to say when a server got another port than it should have.
+pub(super) fn taken(name: &str, wanted: u16, used: u16) -> Option<String> {
+    (used != wanted).then(|| format!("  {name}: port {wanted} is taken, using {used} instead"))
 }
 
-pub(super) fn report(name: &str, port: u16, started: Instant, note: &str) {
+fn report(name: &str, port: u16, started: Instant, note: &str) {
+    say(up_line(name, port, started, note));
+}
+
+/// The line an operator sees when something is up.
+pub(super) fn up_line(name: &str, port: u16, started: Instant, note: &str) -> String {
     let address = format!("127.0.0.1:{port}");
-    say(format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64()));
+    format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64())
 }
