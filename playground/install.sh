@@ -11,6 +11,8 @@ purpose=${1:-run}
 wanted() {
     echo "/usr/lib/postgresql/*/bin/postgres   postgresql"
     echo "/usr/sbin/mosquitto                  mosquitto"
+    echo "/usr/bin/redis-server                redis-server"
+    echo "/usr/bin/redis-sentinel              redis-sentinel"
     echo "/usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server"
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
@@ -28,6 +30,8 @@ service_of() {
         mosquitto) echo mosquitto.service ;;
         rabbitmq-server) echo rabbitmq-server.service ;;
         postgresql) echo postgresql.service ;;
+        redis-server) echo redis-server.service ;;
+        redis-sentinel) echo redis-sentinel.service ;;
     esac
 }
 
