@@ -11,14 +11,19 @@ purpose=${1:-run}
 wanted() {
     echo "/usr/lib/postgresql/*/bin/postgres   postgresql"
     echo "/usr/sbin/mosquitto                  mosquitto"
+    echo "/usr/bin/redis-server                redis-server"
+    echo "/usr/bin/redis-sentinel              redis-sentinel"
     echo "/usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server"
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
-    # What checks the deployment: .ci/mosquitto.sh, .ci/compose.py (which needs python3-yaml, and gets it with this).
+    # What checks the deployment: .ci/mosquitto.sh, regions.sh, compose.py (which needs python3-yaml, and gets it with
+    # docker-compose), licences.py.
     if [ "$purpose" = test ]; then
         echo "/usr/bin/mosquitto_pub               mosquitto-clients"
         echo "/usr/bin/openssl                     openssl"
+        echo "/usr/bin/curl                        curl"
+        echo "/usr/bin/python3                     python3"
         echo "/usr/bin/docker-compose              docker-compose"
     fi
     # The baseline that `make bench` is held against.
@@ -34,6 +39,8 @@ service_of() {
         mosquitto) echo mosquitto.service ;;
         rabbitmq-server) echo rabbitmq-server.service ;;
         postgresql) echo postgresql.service ;;
+        redis-server) echo redis-server.service ;;
+        redis-sentinel) echo redis-sentinel.service ;;
     esac
 }
 

@@ -19,6 +19,10 @@ pub enum Role {
     Owner,
     /// Streams WAL.
     Replicator,
+    /// Looks at the server's own statistics, for probes and exporters. Sees no table.
+    Monitor,
+    /// Reads every table, for dashboards. Writes nothing.
+    Reader,
 }
 
 impl Role {
@@ -28,6 +32,8 @@ impl Role {
             Self::Admin => "postgres",
             Self::Owner => "tier0",
             Self::Replicator => "replicator",
+            Self::Monitor => "monitor",
+            Self::Reader => "reader",
         }
     }
 }
@@ -38,13 +44,29 @@ pub struct Passwords {
     admin: String,
     owner: String,
     replicator: String,
+    #[serde(default)]
+    monitor: String,
+    #[serde(default)]
+    reader: String,
 }
 
 impl Passwords {
     /// # Errors
     /// When the kernel gives no random bytes.
     pub fn random() -> anyhow::Result<Self> {
-        Ok(Self { admin: random_word()?, owner: random_word()?, replicator: random_word()? })
+        Ok(Self {
+            admin: random_word()?,
+            owner: random_word()?,
+            replicator: random_word()?,
+            monitor: random_word()?,
+            reader: random_word()?,
+        })
+    }
+
+    /// Those of an older playground lack some roles.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        !self.monitor.is_empty() && !self.reader.is_empty()
     }
 
     #[must_use]
@@ -53,6 +75,8 @@ impl Passwords {
             Role::Admin => &self.admin,
             Role::Owner => &self.owner,
             Role::Replicator => &self.replicator,
+            Role::Monitor => &self.monitor,
+            Role::Reader => &self.reader,
         }
     }
 }
@@ -63,7 +87,7 @@ impl std::fmt::Debug for Passwords {
     }
 }
 
-fn random_word() -> anyhow::Result<String> {
+pub(crate) fn random_word() -> anyhow::Result<String> {
     use std::io::Read;
     let mut bytes = [0_u8; 16];
     std::fs::File::open("/dev/urandom")
