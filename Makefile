@@ -3,7 +3,7 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build bench drill fuzz down clean
+.PHONY: up test check install build bench bench-growth bench-sessions drill fuzz down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -34,6 +34,16 @@ bench:
 	@playground/install.sh bench
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench $(ARGS)
+
+# How the rates hold to 50 million rows; writes target/growth.json and target/growth.svg. A quarter of an hour, 70 GB of disk.
+bench-growth: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 bench-growth $(ARGS)
+
+# The same for user activity through RabbitMQ; writes target/bench-sessions.json.
+bench-sessions: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 bench-sessions $(ARGS)
 
 # Each part taken away for a minute under load; about half an hour. One of them: make drill ARGS="--only postgres-away"
 drill: install

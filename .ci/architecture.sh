@@ -33,16 +33,20 @@ refuse() {
 
 # wire: shapes only, no I/O.
 not_below wire tokio mio rumqttc lapin tokio-postgres axum service ingest consumers simulators playground
+# amqp: a connection and its queues; no message, no table.
+not_below amqp tokio-postgres ingest consumers simulators playground
 # service: what every process has; no domain.
-not_below service wire ingest consumers simulators playground rumqttc lapin tokio-postgres
+not_below service wire amqp ingest consumers simulators playground rumqttc lapin tokio-postgres
 # ingest: a message in, a committed row out; knows no broker, no simulator.
-not_below ingest rumqttc lapin consumers simulators playground
+not_below ingest amqp rumqttc lapin consumers simulators playground
 not_direct ingest axum clap
 # consumers: a broker's delivery and its acknowledgement; no SQL of their own.
 not_direct consumers tokio-postgres deadpool-postgres refinery
 not_below consumers simulators playground
 # simulators: publish and remember; never see the database.
 not_below simulators tokio-postgres deadpool-postgres ingest consumers playground
+# failover: regions and servers; knows no telemetry, and production code never the playground.
+not_below failover rumqttc lapin wire ingest consumers simulators playground
 
 [ "$bad" -eq 0 ] && echo "architecture: all invariants hold"
 exit "$bad"

@@ -11,6 +11,7 @@ purpose=${1:-run}
 wanted() {
     echo "/usr/lib/postgresql/*/bin/postgres   postgresql"
     echo "/usr/sbin/mosquitto                  mosquitto"
+    echo "/usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server"
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
@@ -25,6 +26,7 @@ wanted() {
 service_of() {
     case $1 in
         mosquitto) echo mosquitto.service ;;
+        rabbitmq-server) echo rabbitmq-server.service ;;
         postgresql) echo postgresql.service ;;
     esac
 }

@@ -6,7 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -18,6 +18,7 @@ use futures_util::stream::FuturesUnordered;
 use service::health::Dependency;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use tokio_postgres::error::Severity;
 use tokio_postgres::{AsyncMessage, Config, NoTls};
 
 use crate::failure::WriteError;
@@ -223,8 +224,10 @@ impl Finder {
         config.host(host).port(port);
         let opened = timeout(self.connect_timeout, async {
             let (client, connection) = config.connect(NoTls).await?;
-            let driver = drive(connection);
+            let in_use = Arc::new(AtomicBool::new(false));
+            let driver = drive(connection, in_use.clone());
             let standing = standing(&client).await?;
+            in_use.store(true, Ordering::SeqCst);
             Ok((standing, (client, driver)))
         });
         match opened.await {
@@ -237,7 +240,7 @@ impl Finder {
 /// Runs a connection's input and output. It ends, and every call on the client fails, when the server says that it
 /// gave up waiting for the standby: the COMMIT that follows would report success for a row that is on one machine.
 #[allow(clippy::disallowed_methods, reason = "the pool owns the task's handle and aborts it with the client")]
-fn drive<S, T>(mut connection: tokio_postgres::Connection<S, T>) -> JoinHandle<()>
+fn drive<S, T>(mut connection: tokio_postgres::Connection<S, T>, in_use: Arc<AtomicBool>) -> JoinHandle<()>
 where
     S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
     T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
@@ -246,7 +249,10 @@ where
         loop {
             match std::future::poll_fn(|context| connection.poll_message(context)).await {
                 Some(Ok(AsyncMessage::Notice(notice))) => {
-                    if is_unreplicated(notice.message()) {
+                    // At login a server may warn of itself (a changed collation): that is no commit's outcome.
+                    let unreplicated = in_use.load(Ordering::SeqCst)
+                        && is_unreplicated(notice.parsed_severity(), notice.code().code(), notice.where_());
+                    if unreplicated {
                         tracing::error!(
                             notice = notice.message(),
                             "a commit is not on the standby; connection dropped"
@@ -266,9 +272,11 @@ where
     })
 }
 
-fn is_unreplicated(message: &str) -> bool {
-    message.contains("canceling wait for synchronous replication")
-        || message.contains("canceling the wait for synchronous replication")
+/// Whether a notice says that the server gave up waiting for the standby. Its words depend on the server's language, its
+/// fields do not: a warning of the generic code, or of a shutdown, with no statement it happened in (a trigger's warning
+/// names its function). COMMIT has no other warning; a wrong yes costs one more try of the batch, a wrong no a promise.
+fn is_unreplicated(severity: Option<Severity>, code: &str, context: Option<&str>) -> bool {
+    severity == Some(Severity::Warning) && matches!(code, "01000" | "57P01") && context.is_none()
 }
 
 #[allow(clippy::disallowed_methods, reason = "only to fill the pool's type on a path that returns an error")]
@@ -279,6 +287,24 @@ fn idle_driver() -> JoinHandle<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_given_up_is_known_by_its_fields() {
+        let trigger = Some("PL/pgSQL function x() line 1 at RAISE");
+        for (severity, code, context, expected) in [
+            // canceling wait for synchronous replication due to user request
+            (Severity::Warning, "01000", None, true),
+            // canceling the wait for synchronous replication and terminating connection due to administrator command
+            (Severity::Warning, "57P01", None, true),
+            (Severity::Warning, "25P01", None, false), // ROLLBACK after a COPY that failed: no transaction
+            (Severity::Warning, "01000", trigger, false),
+            (Severity::Notice, "01000", None, false),
+            (Severity::Notice, "42P07", None, false), // the temporary table is there already
+        ] {
+            assert_eq!(is_unreplicated(Some(severity), code, context), expected, "{severity:?} {code}");
+        }
+        assert!(!is_unreplicated(None, "01000", None));
+    }
 
     #[test]
     fn an_old_primary_is_never_believed_again() {

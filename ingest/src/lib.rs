@@ -6,11 +6,13 @@
 //! and migrations live here. Brokers, HTTP routes and simulators do not: a source is a queue of deliveries.
 
 pub mod backlog;
+pub mod batch;
 pub mod copy;
 pub mod database;
 pub mod dead_letter;
 pub mod delivery;
 pub mod failure;
+mod isolation;
 pub mod maintenance;
 pub mod metrics;
 pub mod partitions;
@@ -19,6 +21,7 @@ pub mod reading;
 pub mod recent;
 pub mod registry;
 pub mod schema;
+pub mod session;
 pub mod settings;
 pub mod settlement;
 pub mod telemetry;

@@ -34,6 +34,9 @@ pub struct Maintenance {
     pub settings: IngestSettings,
     /// Bring the schema up to date first.
     pub migrate: bool,
+    /// Make, index and drop the partitions of telemetry. A process that writes none leaves them alone, since its
+    /// retention may be another.
+    pub partitions: bool,
 }
 
 impl Maintenance {
@@ -65,6 +68,9 @@ impl Maintenance {
             timeout(PREPARE_TIMEOUT, self.prepare()).await??;
             prepared.cancel();
         }
+        if !self.partitions {
+            return std::future::pending().await;
+        }
         // Out of the pool before the lock is asked for: an answer that comes too late must not leave it on a connection
         // that a writer gets.
         let client = Client::take(self.database.client().await?);
@@ -92,8 +98,10 @@ impl Maintenance {
         if self.migrate {
             schema::migrate(&mut client).await?;
         }
-        let now = jiff::Timestamp::now().as_microsecond();
-        ensure_ahead(&mut client, &Layout::new(&self.settings), now).await?;
+        if self.partitions {
+            let now = jiff::Timestamp::now().as_microsecond();
+            ensure_ahead(&mut client, &Layout::new(&self.settings), now).await?;
+        }
         self.database.works();
         Ok(())
     }

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Mutex, MutexGuard, Notify, mpsc};
 
 use crate::delivery::Delivery;
-use crate::recent::Recent;
 
 /// How full the queue is. Counts messages taken from the broker and not yet settled by a writer, so that the bound
 /// holds for everything a message occupies until its row is committed.
@@ -64,20 +63,26 @@ pub struct Sender {
 }
 
 /// The writers' end; shared by all writers, used by one at a time.
-#[derive(Debug, Clone)]
-pub struct Receiver {
-    receiver: Arc<Mutex<Intake>>,
+#[derive(Debug)]
+pub struct Receiver<M> {
+    receiver: Arc<Mutex<Intake<M>>>,
     level: Arc<Level>,
+}
+
+impl<M> Clone for Receiver<M> {
+    fn clone(&self) -> Self {
+        Self { receiver: self.receiver.clone(), level: self.level.clone() }
+    }
 }
 
 /// What a writer holds while it fills a batch. The ticket is drawn under the same lock that takes the deliveries, so
 /// tickets follow receipt order.
 #[derive(Debug)]
-pub struct Intake {
+pub struct Intake<M> {
     pub receiver: mpsc::UnboundedReceiver<Vec<Delivery>>,
     pub next_ticket: u64,
-    /// What all writers have taken lately.
-    pub recent: Recent,
+    /// What the decoder remembers of what all writers have taken.
+    pub memory: M,
 }
 
 /// Makes a queue that holds at most about this many messages and bytes: the last chunk a source reads may go over by
@@ -87,7 +92,7 @@ pub struct Intake {
     clippy::disallowed_methods,
     reason = "Level is the bound, in messages and in bytes; a channel counts only chunks"
 )]
-pub fn bounded(max_messages: usize, max_bytes: usize) -> (Sender, Receiver) {
+pub fn bounded<M: Default>(max_messages: usize, max_bytes: usize) -> (Sender, Receiver<M>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let level = Arc::new(Level {
         max_messages,
@@ -96,7 +101,7 @@ pub fn bounded(max_messages: usize, max_bytes: usize) -> (Sender, Receiver) {
         bytes: AtomicUsize::new(0),
         freed: Notify::new(),
     });
-    let intake = Intake { receiver, next_ticket: 0, recent: Recent::default() };
+    let intake = Intake { receiver, next_ticket: 0, memory: M::default() };
     (Sender { sender, level: level.clone() }, Receiver { receiver: Arc::new(Mutex::new(intake)), level })
 }
 
@@ -125,9 +130,9 @@ impl Sender {
     }
 }
 
-impl Receiver {
+impl<M> Receiver<M> {
     /// Waits for its turn to take from the queue.
-    pub async fn intake(&self) -> MutexGuard<'_, Intake> {
+    pub async fn intake(&self) -> MutexGuard<'_, Intake<M>> {
         self.receiver.lock().await
     }
 
@@ -149,7 +154,7 @@ mod tests {
 
     #[tokio::test]
     async fn is_full_by_messages_or_by_bytes_until_a_writer_frees_it() {
-        let (sender, receiver) = bounded(2, 10_000);
+        let (sender, receiver) = bounded::<()>(2, 10_000);
         sender.send(vec![delivery(1), delivery(1)]);
         assert!(!sender.has_room());
         receiver.level().free(1, delivery(1).size());

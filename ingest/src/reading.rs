@@ -204,12 +204,12 @@ fn check<'a>(fields: &Fields<'a>, topic: &Topic<'_>, rules: &Rules) -> Result<Re
     Ok(reading)
 }
 
-fn required<'a>(key: &str, raw: Option<&'a str>) -> Result<&'a str, Rejection> {
+pub(crate) fn required<'a>(key: &str, raw: Option<&'a str>) -> Result<&'a str, Rejection> {
     raw.ok_or_else(|| Rejection::new(Reason::MissingField, format!("{key} is missing")))
 }
 
 /// A JSON string as text: borrowed unless it holds escapes.
-fn text<'a>(key: &str, raw: &'a str) -> Result<Cow<'a, str>, Rejection> {
+pub(crate) fn text<'a>(key: &str, raw: &'a str) -> Result<Cow<'a, str>, Rejection> {
     let Some(inner) = raw.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) else {
         return Err(Rejection::new(Reason::WrongType, format!("{key} is not a string")));
     };
@@ -232,7 +232,7 @@ fn text<'a>(key: &str, raw: &'a str) -> Result<Cow<'a, str>, Rejection> {
 }
 
 /// A JSON object as the text it arrived as, if jsonb can hold it.
-fn object<'a>(key: &str, raw: &'a str) -> Result<&'a str, Rejection> {
+pub(crate) fn object<'a>(key: &str, raw: &'a str) -> Result<&'a str, Rejection> {
     if !raw.starts_with('{') {
         return Err(Rejection::new(Reason::WrongType, format!("{key} is not an object")));
     }

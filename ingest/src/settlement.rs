@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -17,8 +18,16 @@ use crate::delivery::Ack;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Settled {
     pub ack: Ack,
-    /// The reason when the message, or a part of it, ended as a dead letter.
-    pub rejected: Option<Reason>,
+    /// When the message, or a part of it, ended as a dead letter.
+    pub rejected: Option<Box<Refused>>,
+}
+
+/// A message that ended as a dead letter, for a source that passes such messages on to the broker.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refused {
+    pub reason: Reason,
+    pub topic: Bytes,
+    pub payload: Bytes,
 }
 
 #[derive(Debug)]

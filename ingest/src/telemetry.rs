@@ -8,18 +8,17 @@ mod encoded;
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use deadpool_postgres::Client;
 use futures_util::SinkExt;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
+use crate::batch::{self, Committed, Deliveries, Path, in_time};
 use crate::copy;
-use crate::dead_letter::{self, DeadLetter, Reason};
+use crate::dead_letter::{self, DeadLetter};
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
 use crate::reading::{self, Reading, Rejection, Rules, Visitor};
 use crate::recent::Recent;
-use crate::settlement::Settled;
 use encoded::Encoded;
 
 /// The columns a reading fills, in the order they are encoded.
@@ -29,157 +28,81 @@ const COLUMNS: &str =
 /// Readings and refused messages that are committed together.
 #[derive(Debug)]
 pub struct Batch {
-    source: &'static str,
     rules: Rules,
-    deliveries: Vec<Delivery>,
-    delivered_bytes: usize,
+    deliveries: Deliveries,
     /// Readings not seen lately: plain COPY.
     fresh: Encoded,
     /// Readings seen lately, probably stored already: merged.
     suspects: Encoded,
-    letters: Vec<DeadLetter>,
-    /// Refused parts by the number of their delivery.
-    rejected: Vec<(usize, Reason)>,
     /// The row of `fresh` that made the fast path fail, and the database's words, when it named one.
     named: Option<(usize, String)>,
 }
 
-/// What a commit did. `copied` until the server had all rows, `committed` from there to the answer to COMMIT.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Committed {
-    pub rows: usize,
-    pub duplicates: usize,
-    pub copied: Duration,
-    pub committed: Duration,
-}
+impl batch::Batch for Batch {
+    type Memory = Recent;
 
-/// Which way a batch goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Path {
-    /// Plain COPY.
-    Fast,
-    /// Some row is refused: find it, COPY the rest.
-    Isolate,
-    /// Some row is stored already: everything through a temporary table, duplicates left out.
-    Merge,
-}
-
-impl Batch {
-    /// An empty batch. `source` goes into dead letters.
-    #[must_use]
-    pub fn new(source: &'static str, rules: Rules) -> Self {
+    fn new(source: &'static str, rules: Rules) -> Self {
         Self {
-            source,
             rules,
-            deliveries: Vec::new(),
-            delivered_bytes: 0,
+            deliveries: Deliveries::new(source),
             fresh: Encoded::new(),
             suspects: Encoded::new(),
-            letters: Vec::new(),
-            rejected: Vec::new(),
             named: None,
         }
     }
 
-    /// Empties the batch; its memory is kept for the next one.
-    pub fn clear(&mut self) {
+    fn clear(&mut self) {
         self.deliveries.clear();
-        self.delivered_bytes = 0;
         self.fresh.clear();
         self.suspects.clear();
-        self.letters.clear();
-        self.rejected.clear();
         self.named = None;
     }
 
-    /// The window of accepted times moves with the clock.
-    pub fn set_rules(&mut self, rules: Rules) {
+    fn set_rules(&mut self, rules: Rules) {
         self.rules = rules;
     }
 
     /// Decodes and encodes one message.
-    pub fn push(&mut self, delivery: Delivery, now_us: i64, recent: &mut Recent) {
-        self.delivered_bytes += delivery.size();
+    fn push(&mut self, delivery: Delivery, now_us: i64, recent: &mut Recent) {
         let mut filling = Filling {
             delivery: &delivery,
-            number: self.deliveries.len(),
-            start: (self.fresh.mark(), self.suspects.mark(), self.letters.len(), self.rejected.len()),
+            start: (self.fresh.mark(), self.suspects.mark(), self.deliveries.mark()),
             now_us,
-            source: self.source,
             recent,
             fresh: &mut self.fresh,
             suspects: &mut self.suspects,
-            letters: &mut self.letters,
-            rejected: &mut self.rejected,
+            deliveries: &mut self.deliveries,
         };
         reading::visit(&delivery.topic, &delivery.payload, &self.rules, &mut filling);
         self.deliveries.push(delivery);
     }
 
-    /// Rows and dead letters.
-    #[must_use]
-    pub fn parts(&self) -> usize {
-        self.fresh.len() + self.suspects.len() + self.letters.len()
+    fn deliveries(&self) -> &Deliveries {
+        &self.deliveries
     }
 
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.deliveries.is_empty()
+    fn deliveries_mut(&mut self) -> &mut Deliveries {
+        &mut self.deliveries
     }
 
-    /// Messages in the batch and the room they take in the queue.
-    #[must_use]
-    pub fn delivered(&self) -> (usize, usize) {
-        (self.deliveries.len(), self.delivered_bytes)
+    fn parts(&self) -> usize {
+        self.fresh.len() + self.suspects.len() + self.deliveries.letters().len()
     }
 
-    /// Bytes of rows and dead letters so far.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        let letters: usize = self.letters.iter().map(|letter| letter.payload.len()).sum();
-        self.fresh.bytes() + self.suspects.bytes() + letters
+    fn bytes(&self) -> usize {
+        self.fresh.bytes() + self.suspects.bytes() + self.deliveries.letter_bytes()
     }
 
-    /// Timestamps of the rows, microseconds since 1970.
-    pub fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
+    fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
         self.fresh.timestamps().chain(self.suspects.timestamps())
     }
 
-    /// Reasons of everything that ended as a dead letter.
-    pub fn reasons(&self) -> impl Iterator<Item = Reason> + '_ {
-        self.rejected.iter().map(|(_, reason)| *reason)
-    }
-
-    /// Closes the batch: nothing may be pushed after this until it is cleared.
-    pub fn seal(&mut self) {
+    fn seal(&mut self) {
         self.fresh.seal();
         self.suspects.seal();
     }
 
-    /// What to tell the source, in receipt order. Takes the deliveries out.
-    pub fn settle(&mut self) -> Vec<Settled> {
-        let mut rejected = std::mem::take(&mut self.rejected);
-        rejected.sort_by_key(|(delivery, _)| *delivery);
-        let mut rejected = rejected.into_iter().peekable();
-        let mut settled = Vec::with_capacity(self.deliveries.len());
-        for (number, delivery) in self.deliveries.drain(..).enumerate() {
-            let mut reason = None;
-            while let Some((_, next)) = rejected.next_if(|(delivery, _)| *delivery == number) {
-                reason.get_or_insert(next);
-            }
-            if let Some(ack) = delivery.ack {
-                settled.push(Settled { ack, rejected: reason });
-            }
-        }
-        settled
-    }
-
-    /// Commits everything in one transaction. On an error nothing is stored, or, if the connection was lost, the
-    /// outcome is unknown; trying again is harmless in both cases.
-    ///
-    /// # Errors
-    /// [`WriteError`] says what to do next. The connection must be thrown away after `Retry` and `Unknown`.
-    pub async fn commit(
+    async fn commit(
         &mut self,
         client: &mut Client,
         path: Path,
@@ -201,7 +124,9 @@ impl Batch {
         }
         outcome
     }
+}
 
+impl Batch {
     async fn commit_fast(&mut self, client: &Client) -> Result<Committed, WriteError> {
         let started = Instant::now();
         if self.fresh.is_empty() {
@@ -224,7 +149,7 @@ impl Batch {
         };
         // A server that refuses a row stops reading; its reason comes with the end of the COPY.
         let fed = fed.await;
-        if !self.suspects.is_empty() || !self.letters.is_empty() || fed.is_err() {
+        if !self.suspects.is_empty() || !self.deliveries.letters().is_empty() || fed.is_err() {
             let rows = sink.finish().await;
             let rows = self.note_named(rows)?;
             fed?;
@@ -263,13 +188,9 @@ impl Batch {
         refused: &[DeadLetter],
         started: Instant,
     ) -> Result<Committed, WriteError> {
-        dead_letter::insert(client, &self.letters).await?;
+        dead_letter::insert(client, self.deliveries.letters()).await?;
         dead_letter::insert(client, refused).await?;
-        if rows == 0 {
-            // A transaction that writes nothing does not wait for the standby; yet its duplicates may be rows of an
-            // earlier try that only this machine has. With a record of its own it waits for those too.
-            client.batch_execute("SELECT pg_logical_emit_message(true, 'tier0', 'nothing new')").await?;
-        }
+        batch::leave_a_record(client, rows).await?;
         let copied_at = Instant::now();
         client.batch_execute("COMMIT").await?;
         Ok(Committed {
@@ -281,31 +202,16 @@ impl Batch {
     }
 }
 
-/// Without an answer in time the connection is to be dropped, not the commit cancelled: a cancelled wait for the standby
-/// would be reported as a success.
-async fn in_time<T>(
-    patience: Duration,
-    step: impl Future<Output = Result<T, WriteError>>,
-) -> Result<T, WriteError> {
-    match timeout(patience, step).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(WriteError::Retry(format!("no answer from Postgres within {patience:?}"))),
-    }
-}
-
 /// Fills a batch from one delivery.
 struct Filling<'b> {
     delivery: &'b Delivery,
-    number: usize,
     /// Lengths of everything before this delivery.
-    start: (encoded::Mark, encoded::Mark, usize, usize),
+    start: (encoded::Mark, encoded::Mark, batch::Mark),
     now_us: i64,
-    source: &'static str,
     recent: &'b mut Recent,
     fresh: &'b mut Encoded,
     suspects: &'b mut Encoded,
-    letters: &'b mut Vec<DeadLetter>,
-    rejected: &'b mut Vec<(usize, Reason)>,
+    deliveries: &'b mut Deliveries,
 }
 
 impl<'a> Visitor<'a> for Filling<'_> {
@@ -315,31 +221,17 @@ impl<'a> Visitor<'a> for Filling<'_> {
         } else {
             &mut *self.fresh
         };
-        rows.push(reading, self.number);
+        rows.push(reading, self.deliveries.next());
     }
 
     fn rejected(&mut self, part: &'a [u8], rejection: Rejection) {
-        self.letters.push(DeadLetter {
-            received_at_us: self.now_us,
-            source: self.source,
-            topic: self.delivery.topic.clone(),
-            reason: rejection.reason,
-            error: rejection.error,
-            payload: slice_of(&self.delivery.payload, part),
-        });
-        self.rejected.push((self.number, rejection.reason));
+        self.deliveries.refuse(self.delivery, part, (rejection.reason, rejection.error), self.now_us);
     }
 
     fn restart(&mut self) {
-        let (fresh, suspects, letters, rejected) = self.start;
+        let (fresh, suspects, deliveries) = self.start;
         self.fresh.truncate(fresh);
         self.suspects.truncate(suspects);
-        self.letters.truncate(letters);
-        self.rejected.truncate(rejected);
+        self.deliveries.truncate(deliveries);
     }
-}
-
-/// A part of a payload as bytes of its own, sharing its memory.
-fn slice_of(payload: &Bytes, part: &[u8]) -> Bytes {
-    if part.is_empty() { Bytes::new() } else { payload.slice_ref(part) }
 }

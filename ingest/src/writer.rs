@@ -8,6 +8,7 @@ use std::time::Duration;
 use service::backoff::Backoff;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::batch::{Batch, Committed, Path};
 use crate::database::Database;
 use crate::failure::WriteError;
 use crate::metrics::Metrics;
@@ -16,7 +17,6 @@ use crate::queue::Receiver;
 use crate::reading::Rules;
 use crate::settings::IngestSettings;
 use crate::settlement::Settlements;
-use crate::telemetry::{Batch, Committed, Path};
 
 const FIRST_WAIT: Duration = Duration::from_millis(20);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
@@ -41,30 +41,30 @@ impl ClosedBy {
     }
 }
 
-/// One of several; each has one connection at a time.
+/// One of several; each has one connection at a time. `B` is what it commits.
 #[derive(Debug)]
-pub struct Writer {
+pub struct Writer<B: Batch> {
     /// Goes into dead letters, for instance `mqtt`.
     pub source: &'static str,
     pub settings: IngestSettings,
-    pub queue: Receiver,
+    pub queue: Receiver<B::Memory>,
     pub settlements: Arc<Settlements>,
     pub database: Database,
     pub metrics: Metrics,
 }
 
-impl Writer {
+impl<B: Batch> Writer<B> {
     /// Runs until the queue is closed and empty.
     pub async fn run(self) {
-        let mut batch = Batch::new(self.source, self.rules(now_us()));
+        let mut batch = B::new(self.source, self.rules(now_us()));
         while let Some((ticket, closed_by)) = self.fill(&mut batch).await {
             self.metrics.batches.with_label_values(&[closed_by.as_str()]).inc();
             self.metrics.batch_rows.observe(batch.parts() as f64);
             batch.seal();
             let committed = self.commit(&mut batch).await;
             self.count(&batch, &committed);
-            let (messages, bytes) = batch.delivered();
-            self.settlements.report(ticket, batch.settle());
+            let (messages, bytes) = batch.deliveries().room();
+            self.settlements.report(ticket, batch.deliveries_mut().settle());
             self.queue.level().free(messages, bytes);
             batch.clear();
         }
@@ -78,7 +78,7 @@ impl Writer {
     }
 
     /// Fills an empty batch. `None` when the queue is closed and empty.
-    async fn fill(&self, batch: &mut Batch) -> Option<(u64, ClosedBy)> {
+    async fn fill(&self, batch: &mut B) -> Option<(u64, ClosedBy)> {
         let max_bytes = usize::try_from(self.settings.max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut intake = self.queue.intake().await;
         let mut chunk = intake.receiver.recv().await?;
@@ -95,7 +95,7 @@ impl Writer {
             batch.set_rules(self.rules(now_us));
             let before = batch.parts();
             for delivery in chunk {
-                batch.push(delivery, now_us, &mut intake.recent);
+                batch.push(delivery, now_us, &mut intake.memory);
             }
             let decoded = batch.parts() - before;
             self.metrics.rows_received.inc_by(decoded as u64);
@@ -124,7 +124,7 @@ impl Writer {
     }
 
     /// Commits, however long it takes.
-    async fn commit(&self, batch: &mut Batch) -> Committed {
+    async fn commit(&self, batch: &mut B) -> Committed {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         let mut path = Path::Fast;
         let mut failing_since = None;
@@ -172,7 +172,7 @@ impl Writer {
         }
     }
 
-    async fn attempt(&self, batch: &mut Batch, path: Path) -> Result<Committed, WriteError> {
+    async fn attempt(&self, batch: &mut B, path: Path) -> Result<Committed, WriteError> {
         let mut client = self.database.client().await?;
         let outcome = batch.commit(&mut client, path, self.database.commit_timeout()).await;
         match &outcome {
@@ -185,7 +185,7 @@ impl Writer {
         outcome
     }
 
-    async fn make_partitions(&self, batch: &Batch) -> Result<usize, WriteError> {
+    async fn make_partitions(&self, batch: &B) -> Result<usize, WriteError> {
         let layout = Layout::new(&self.settings);
         let needed = layout.cells(batch.timestamps());
         let mut client = self.database.client().await?;
@@ -203,12 +203,12 @@ impl Writer {
         }
     }
 
-    fn count(&self, batch: &Batch, committed: &Committed) {
+    fn count(&self, batch: &B, committed: &Committed) {
         let metrics = &self.metrics;
         metrics.rows_committed.inc_by(committed.rows as u64);
         metrics.duplicates.inc_by(committed.duplicates as u64);
         let mut refused = 0_u64;
-        for reason in batch.reasons() {
+        for reason in batch.deliveries().reasons() {
             metrics.dead_letters.with_label_values(&[reason.as_str()]).inc();
             refused += 1;
         }

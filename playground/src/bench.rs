@@ -3,11 +3,14 @@
 //! Every row is measured with the same publisher and the same payloads, in turns, several times; the medians count.
 //! Absolute figures move with the machine, ratios between rows of one run do not. Claims nothing it did not measure.
 
+mod chart;
 mod database;
 mod floor;
+pub mod growth;
 mod insert;
 mod pipeline;
 mod report;
+pub mod sessions;
 mod subscriber;
 mod usual;
 
@@ -16,7 +19,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 
 use crate::cli::say;
-use floor::Floor;
+use floor::{Floor, Load};
 use report::Samples;
 
 /// Options of `bench`.
@@ -51,10 +54,14 @@ pub enum Row {
     /// The same way in Rust
     BaselineRust,
     Arrays,
+    /// Ours at QoS 1 with 30 % of the messages repeated
+    Repeats,
+    /// Ours at QoS 1 with one row in 10,000 that only the database refuses
+    Poison,
 }
 
 impl Row {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::BrokerQos0,
         Self::BrokerQos1,
         Self::Database,
@@ -63,6 +70,8 @@ impl Row {
         Self::Baseline,
         Self::BaselineRust,
         Self::Arrays,
+        Self::Repeats,
+        Self::Poison,
     ];
 
     /// The key in the JSON document.
@@ -77,6 +86,8 @@ impl Row {
             Self::Baseline => "baseline",
             Self::BaselineRust => "baseline_rust",
             Self::Arrays => "arrays",
+            Self::Repeats => "repeats",
+            Self::Poison => "poison",
         }
     }
 }
@@ -126,11 +137,22 @@ async fn measure(floor: &mut Floor, row: Row, messages: u64) -> anyhow::Result<M
         Row::BrokerQos0 => subscriber::measure(floor, 0, messages).await,
         Row::BrokerQos1 => subscriber::measure(floor, 1, messages).await,
         Row::Database => database::measure(floor, messages).await,
-        Row::OursQos0 => pipeline::measure(floor, 0, messages, 1).await,
-        Row::OursQos1 => pipeline::measure(floor, 1, messages, 1).await,
+        Row::OursQos0 => pipeline::measure(floor, Load::singles(0, messages)).await,
+        Row::OursQos1 => pipeline::measure(floor, Load::singles(1, messages)).await,
         // A twentieth of the messages: at a tenth of the speed or less that takes as long.
         Row::Baseline => usual::measure(floor, (messages / 20).max(1_000)).await,
         Row::BaselineRust => insert::measure(floor, (messages / 20).max(1_000)).await,
-        Row::Arrays => pipeline::measure(floor, 1, (messages / 50).max(100), 100).await,
+        Row::Arrays => pipeline::measure(floor, Load::arrays((messages / 50).max(100), 100)).await,
+        Row::Repeats => {
+            pipeline::measure(floor, Load { trouble: Some("duplicate=0.3"), ..Load::singles(1, messages) })
+                .await
+        }
+        Row::Poison => {
+            pipeline::measure(
+                floor,
+                Load { trouble: Some("huge_number=0.0001"), ..Load::singles(1, messages) },
+            )
+            .await
+        }
     }
 }

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::bench::growth::GrowthArgs;
+use crate::bench::sessions::BenchSessionsArgs;
 use crate::bench::{self, BenchArgs};
 use crate::drill::{self, Drill};
 use crate::home::Home;
@@ -52,7 +54,7 @@ Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise,
     },
     /// Show the log of one process
     Logs {
-        /// region1, region2, mosquitto, mqtt-consumer, device-simulator; without it the names are listed
+        /// region1, region2, mosquitto, rabbitmq, mqtt-consumer, rabbitmq-consumer, device-simulator, user-simulator; without it the names are listed
         name: Option<String>,
         /// Keep showing what is added
         #[arg(short, long)]
@@ -66,6 +68,15 @@ Examples:
   tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
     )]
     Bench(BenchArgs),
+    /// Measure how the rates hold as the table grows, and draw them
+    #[command(
+        after_help = "Starts its own servers on free ports. 50 million rows take about fifteen minutes and 70 GB of disk for both nodes.
+Example:
+  tier0 bench-growth --rows 10000000 --step 1000000 --chart growth.svg"
+    )]
+    BenchGrowth(GrowthArgs),
+    /// Measure user activity through RabbitMQ beside the broker's limit
+    BenchSessions(BenchSessionsArgs),
     /// Break things on purpose under load and check that nothing is lost
     Drill {
         #[command(subcommand)]
@@ -137,6 +148,9 @@ pub enum Part {
     DeviceSimulator,
     MqttConsumer,
     Mosquitto,
+    UserSimulator,
+    RabbitmqConsumer,
+    Rabbitmq,
     /// The standby of region2: commits then wait for one machine only
     Region2,
 }
@@ -160,6 +174,8 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchGrowth(args) => bench::growth::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,

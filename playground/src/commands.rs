@@ -15,7 +15,7 @@ use crate::home::{Home, Lock, Process};
 use crate::postgres::{Postgres, Role, connect};
 use crate::verify::stored::{Scope, read};
 use crate::verify::{Report, compare};
-use crate::{http, procfs, shipped, up};
+use crate::{http, procfs, shipped, up, verify};
 
 /// An `up` that drains may have to wait for a consumer that catches up.
 const DRAIN: Duration = Duration::from_secs(600);
@@ -215,19 +215,28 @@ pub async fn psql(home: &Home, region: &str, admin: bool, args: &[String]) -> an
 pub async fn verify(home: &Home, json: bool, file: Option<&Path>) -> anyhow::Result<ExitCode> {
     let path = file.map_or_else(|| home.ledger(), Path::to_owned);
     let ledger = up::load_ledger(&path)?;
+    let of_sessions = home.session_ledger();
+    // Another ledger than the last run's says nothing of sessions.
+    let of_sessions = (file.is_none() && of_sessions.exists()).then_some(of_sessions);
+    let of_sessions = of_sessions.map(|path| up::load_session_ledger(&path)).transpose()?;
     let nodes = Nodes::find(home).await?;
     let passwords = Cluster::passwords(home.data())?;
     let scope =
         home.run()?.map_or(Scope::Everything, |run| Scope::Run { first_transaction: run.first_transaction });
     let deadline = Instant::now() + SETTLE;
     let report = loop {
-        let mut findings = Vec::new();
+        let (mut findings, mut sessions) = (Vec::new(), Vec::new());
         for (name, port) in nodes.list() {
             let mut db = connect(&connection(port, &passwords, Role::Owner)).await?;
             let stored = read(&mut db, &ledger, scope).await.with_context(|| format!("look into {name}"))?;
             findings.push(compare(&name, &ledger, &stored));
+            if let Some(ledger) = &of_sessions {
+                let stored = verify::sessions::read(&db, ledger).await;
+                let stored = stored.with_context(|| format!("look into {name}"))?;
+                sessions.push(verify::sessions::compare(&name, ledger, &stored));
+            }
         }
-        let report = Report::new(&ledger, findings);
+        let report = Report::new(&ledger, findings).with_sessions(sessions);
         // While it runs, what the snapshot counts may not be committed yet, and the standby replays a little later.
         if report.holds() || Instant::now() > deadline || matches!(nodes, Nodes::Own(..)) {
             break report;

@@ -112,6 +112,12 @@ impl Home {
         self.data.join("ledger.json")
     }
 
+    /// That of the user sessions.
+    #[must_use]
+    pub fn session_ledger(&self) -> PathBuf {
+        self.data.join("sessions.json")
+    }
+
     /// The right to own the servers; `None` while another command has it. The kernel frees it however that one ends.
     ///
     /// # Errors

@@ -24,6 +24,8 @@ pub mod port;
 pub mod postgres;
 pub mod procfs;
 pub mod program;
+pub mod rabbitmq;
+pub mod redis;
 pub mod scratch;
 pub mod shipped;
 pub mod up;

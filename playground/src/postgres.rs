@@ -136,7 +136,7 @@ impl Postgres {
             self.account.as_ref(),
         )?;
         let auto = format!(
-            "primary_conninfo = 'host=127.0.0.1 port={} user={} passfile=''{}'' application_name={} \
+            "primary_conninfo = 'host=127.0.0.1 port={} user={} passfile=''{}'' application_name={} connect_timeout=3 \
              keepalives_idle=5 keepalives_interval=1 keepalives_count=3'\nprimary_slot_name = '{}'\n",
             primary.port(),
             Role::Replicator.name(),

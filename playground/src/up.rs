@@ -8,6 +8,7 @@ mod interrupt;
 mod plain;
 pub mod sample;
 mod screen;
+mod sessions;
 mod stack;
 mod summary;
 
@@ -25,6 +26,7 @@ pub(crate) use finish::load_file as load_ledger;
 use interrupt::Interrupts;
 use sample::{Sample, Sampler};
 use screen::Screen;
+pub(crate) use sessions::load as load_session_ledger;
 use stack::Stack;
 
 /// Exit status of a command that was interrupted.
@@ -104,9 +106,10 @@ async fn session(
     let before = stack.consumer_metrics().await;
     let started = Instant::now();
     stack.start_simulator(home, args).await?;
+    stack.start_sessions(home, args)?;
     home.write_state(&state(stack))?;
     let mut sampler = Sampler::new(started, began, before);
-    let end = live(args, stack, interrupts, &mut sampler).await?;
+    let end = live(home, args, stack, interrupts, &mut sampler).await?;
     match &end {
         End::Time => say("the time is over: draining"),
         End::Finished => say("everything is sent: draining"),
@@ -134,6 +137,7 @@ async fn session(
 
 /// Shows what happens until something ends it.
 async fn live(
+    home: &Home,
     args: &UpArgs,
     stack: &mut Stack,
     interrupts: &mut Interrupts,
@@ -162,6 +166,9 @@ async fn live(
                 look_for_first_row(stack, sampler).await;
             }
             _ = ticks.tick() => {
+                if stack.sessions.as_mut().is_some_and(sessions::Sessions::progress) {
+                    home.write_state(&state(stack))?;
+                }
                 if stack.finished() {
                     return Ok(End::Finished);
                 }

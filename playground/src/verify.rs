@@ -3,6 +3,7 @@
 //! [`compare`] is a pure function of a [`Ledger`] and what one node stored; [`stored`] asks the node. Nothing here
 //! repairs anything or writes to the database.
 
+pub mod sessions;
 pub mod stored;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::fmt;
 use serde::Serialize;
 use wire::ledger::{Ledger, Tally};
 
+use sessions::SessionFindings;
 use stored::Stored;
 
 /// Devices listed in a report, of those that differ.
@@ -105,19 +107,35 @@ pub struct Report {
     pub readings: u64,
     pub devices: u64,
     pub nodes: Vec<Findings>,
+    /// User sessions, when the run had any.
+    pub sessions: Vec<SessionFindings>,
 }
 
 impl Report {
     #[must_use]
     pub fn new(ledger: &Ledger, nodes: Vec<Findings>) -> Self {
         let devices = u64::try_from(ledger.devices.len()).unwrap_or(u64::MAX);
-        Self { acknowledged: ledger.acknowledged, readings: ledger.readings(), devices, nodes }
+        Self {
+            acknowledged: ledger.acknowledged,
+            readings: ledger.readings(),
+            devices,
+            nodes,
+            sessions: Vec::new(),
+        }
+    }
+
+    /// The same with what was found of the user sessions.
+    #[must_use]
+    pub fn with_sessions(self, sessions: Vec<SessionFindings>) -> Self {
+        Self { sessions, ..self }
     }
 
     /// Whether the promise is kept on every node.
     #[must_use]
     pub fn holds(&self) -> bool {
-        !self.nodes.is_empty() && self.nodes.iter().all(Findings::holds)
+        !self.nodes.is_empty()
+            && self.nodes.iter().all(Findings::holds)
+            && self.sessions.iter().all(SessionFindings::holds)
     }
 
     /// `exact` when it is so on every node; else each node that differs with what is wrong there.
@@ -125,6 +143,8 @@ impl Report {
     pub fn verdict(&self) -> String {
         let mut verdicts: Vec<(String, &str)> =
             self.nodes.iter().map(|node| (node.verdict(), node.node.as_str())).collect();
+        let sessions = self.sessions.iter().filter(|node| !node.holds());
+        verdicts.extend(sessions.map(|node| (node.verdict(), node.node.as_str())));
         match verdicts.split_first() {
             None => "no node was looked at".into(),
             Some(((first, _), rest)) if rest.iter().all(|(verdict, _)| verdict == first) => first.clone(),
@@ -168,6 +188,9 @@ impl fmt::Display for Report {
             for example in &node.examples {
                 writeln!(f, "{:<10} {example}", "")?;
             }
+        }
+        for node in &self.sessions {
+            writeln!(f, "{node}")?;
         }
         write!(f, "verdict: {}", self.verdict())
     }

@@ -13,8 +13,21 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Every section of `config/tier0.toml`. A process reads some of them.
-pub const SECTIONS: &[&str] =
-    &["log", "http", "database", "mqtt", "ingest", "mqtt_consumer", "device_simulator"];
+pub const SECTIONS: &[&str] = &[
+    "log",
+    "http",
+    "database",
+    "mqtt",
+    "rabbitmq",
+    "ingest",
+    "mqtt_consumer",
+    "rabbitmq_consumer",
+    "device_simulator",
+    "user_simulator",
+    "region_agent",
+    "orchestrator",
+    "redis",
+];
 
 const PREFIX: &str = "TIER0";
 const SECRET_KEYS: &[&str] = &["password", "token"];

@@ -6,3 +6,4 @@ pub mod device;
 pub mod ledger_file;
 pub mod pacing;
 pub mod seeds;
+pub mod user;

@@ -6,4 +6,6 @@
 pub mod fleet;
 pub mod ledger;
 pub mod mqtt;
+pub mod rabbitmq;
+pub mod sessions;
 pub mod topic;

@@ -1,24 +1,18 @@
 //! `mqtt-consumer`: device telemetry from the broker into Postgres.
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use clap::Parser;
 use consumers::mqtt::metrics::SourceMetrics;
 use consumers::mqtt::settings::MqttConsumerSettings;
 use consumers::mqtt::source::Source;
-use ingest::database::Database;
-use ingest::maintenance::Maintenance;
-use ingest::metrics::Metrics;
-use ingest::settlement::Settlements;
-use ingest::writer::Writer;
-use ingest::{backlog, queue};
+use consumers::pipeline::Pipeline;
+use ingest::telemetry;
 use prometheus::Registry;
 use service::health::Health;
 use service::process::Process;
 use service::settings::SettingsArgs;
 use service::{http, process};
-use tokio_util::sync::CancellationToken;
 
 /// Takes device telemetry from an MQTT 5 broker and commits it to Postgres; a message is acknowledged only after its
 /// readings are committed on the primary and its synchronous standby.
@@ -59,56 +53,30 @@ fn start_pipeline(
     health: &Health,
     process: &mut Process,
 ) -> anyhow::Result<()> {
-    let metrics = Metrics::new(registry)?;
-    let source_metrics = SourceMetrics::new(registry)?;
-    let ingest = &settings.ingest;
-    // One connection for each writer and one for the upkeep of the tables.
-    let database = Database::new(&settings.database, ingest.writers + 1, health.dependency("postgres"))?;
-    let bytes = usize::try_from(ingest.queue_bytes.as_u64())?;
-    let (sender, receiver) = queue::bounded(ingest.queue_messages, bytes);
-    let settlements = Arc::new(Settlements::new(ingest.writers));
-    backlog::export(registry, sender.level(), settlements.clone())?;
-    let maintenance = Maintenance {
-        database: database.clone(),
-        settings: ingest.clone(),
+    let pipeline = Pipeline {
+        source: "mqtt",
+        database: &settings.database,
+        ingest: &settings.ingest,
         migrate: settings.mqtt_consumer.migrate,
+        partitions: true,
     };
+    let intake = pipeline.start::<telemetry::Batch>(registry, health, process)?;
     let source = Source {
         broker: settings.mqtt.clone(),
         settings: settings.mqtt_consumer.clone(),
-        settlements: settlements.clone(),
+        settlements: intake.settlements,
         health: health.dependency("broker"),
-        metrics: metrics.clone(),
-        source_metrics,
+        metrics: intake.metrics,
+        source_metrics: SourceMetrics::new(registry)?,
     };
     let shutdown = process.shutdown();
-    let prepared = CancellationToken::new();
-    let upkeep = maintenance.run(prepared.clone(), shutdown.clone());
-    process.start("maintenance", async move {
-        upkeep.await;
-        Ok(())
-    });
     process.start("source", async move {
         // Reading starts when there is a table to write to; until then the broker keeps the messages.
         tokio::select! {
-            () = prepared.cancelled() => source.run(sender, shutdown).await,
+            () = intake.prepared.cancelled() => source.run(intake.queue, shutdown).await,
             () = shutdown.cancelled() => {}
         }
         Ok(())
     });
-    for number in 0..ingest.writers {
-        let writer = Writer {
-            source: "mqtt",
-            settings: ingest.clone(),
-            queue: receiver.clone(),
-            settlements: settlements.clone(),
-            database: database.clone(),
-            metrics: metrics.clone(),
-        };
-        process.start(format!("writer-{number}"), async move {
-            writer.run().await;
-            Ok(())
-        });
-    }
     Ok(())
 }

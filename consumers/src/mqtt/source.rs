@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use ingest::delivery::{Ack, Delivery};
 use ingest::metrics::Metrics;
 use ingest::queue::Sender;
@@ -22,6 +23,7 @@ use wire::mqtt::MqttSettings;
 use super::connection::{Connection, ConnectionError, Incoming};
 use super::metrics::SourceMetrics;
 use super::settings::ConsumerSettings;
+use crate::unconnected::void_until;
 
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -75,33 +77,17 @@ impl Source {
             }
             let wait = backoff.next(rand::random());
             tracing::warn!(%error, again_in = ?wait, "no connection to the broker");
-            self.wait_unconnected(wait, &shutdown).await;
+            let until = tokio::time::timeout(wait, shutdown.cancelled());
+            self.void_until(until.map(drop)).await;
         }
         // No connection to acknowledge on: what is in the queue is still committed, and delivered again later.
         drop(queue.take());
-        while let Some(settled) = self.settlements.take().await {
-            self.void(&settled);
-        }
+        self.void_until(std::future::pending()).await;
     }
 
-    /// Acknowledgements that become due without a connection are void.
-    async fn wait_unconnected(&self, wait: Duration, shutdown: &CancellationToken) {
-        let until = tokio::time::sleep(wait);
-        tokio::pin!(until);
-        loop {
-            tokio::select! {
-                () = &mut until => return,
-                () = shutdown.cancelled() => return,
-                settled = self.settlements.take() => match settled {
-                    Some(settled) => self.void(&settled),
-                    None => return,
-                },
-            }
-        }
-    }
-
-    fn void(&self, settled: &[Settled]) {
-        self.source_metrics.stale_acknowledgements.inc_by(settled.len() as u64);
+    async fn void_until(&self, until: impl Future<Output = ()>) {
+        let void = void_until(&self.settlements, until).await;
+        self.source_metrics.stale_acknowledgements.inc_by(void);
     }
 
     async fn serve(

@@ -57,6 +57,18 @@ impl Floor {
         until_metric(&self.consumer, RETRIES, before + 1).await;
     }
 
+    /// Waits until COMMITs of the consumer wait for the standby.
+    pub(crate) async fn until_commits_wait(&self) {
+        let admin = self.cluster.primary().admin().await.unwrap();
+        let sql = "SELECT count(*) FROM pg_stat_activity \
+                   WHERE application_name = 'tier0-ingest' AND wait_event = 'SyncRep' AND query = 'COMMIT'";
+        let deadline = Instant::now() + PATIENCE;
+        while admin.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0 {
+            assert!(Instant::now() < deadline, "no COMMIT waits for the standby");
+            sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     /// Waits until the query's number reaches `expected`; then it must be exactly that.
     pub(crate) async fn until(&self, sql: &str, expected: i64) {
         let db = self.db().await;

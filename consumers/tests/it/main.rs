@@ -4,6 +4,9 @@
 
 mod bad_input;
 mod command_line;
+mod fake_broker;
 mod floor;
 mod outages;
 mod scale_out;
+mod sessions;
+mod source;

@@ -1,54 +1,50 @@
-//! The careful path: rows that are stored already left out, rows the database refuses found and dead-lettered.
-//!
-//! One transaction. Ranges of rows are tried under a savepoint. A range the database refuses is split at the row the error
-//! names, or else in half, until the refused rows stand alone; rows before a named one are known to be good, so the cost
-//! is at most twice that of a good batch however many are refused. A range in which a row is stored already is merged.
+//! The careful path: rows that are stored already left out, rows the database refuses found and dead-lettered, in one
+//! transaction.
 
 use std::time::Duration;
 
 use deadpool_postgres::Client;
 use tokio::time::Instant;
 
+use super::Batch;
 use super::encoded::Encoded;
-use super::{Batch, Committed, Path, in_time, slice_of};
-use crate::dead_letter::{DeadLetter, Reason};
+use crate::batch::{Committed, Path, in_time};
+use crate::dead_letter::DeadLetter;
 use crate::failure::WriteError;
+use crate::isolation::{Isolated, Range, Rows, isolate};
 use crate::reading;
 
-/// Which rows of the batch.
+/// Which rows of the batch, and how they are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Fresh,
+pub(crate) enum Part {
+    Fresh(How),
+    /// Always merged.
     Suspects,
 }
 
-/// How a range is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum How {
+pub(crate) enum How {
     Copy,
     Merge,
 }
 
-/// Rows still to be stored.
-#[derive(Debug, Clone, Copy)]
-struct Range {
-    part: Part,
-    how: How,
-    from: usize,
-    to: usize,
-}
+impl Rows for Batch {
+    type Part = Part;
 
-impl Range {
-    fn split(self, at: usize) -> [Self; 2] {
-        [Self { to: at, ..self }, Self { from: at, ..self }]
+    async fn store(&self, client: &Client, range: Range<Part>) -> Result<usize, WriteError> {
+        let rows = self.part(range.part);
+        match range.part {
+            Part::Suspects | Part::Fresh(How::Merge) => rows.merge(client, range.from, range.to).await,
+            Part::Fresh(How::Copy) => {
+                let copied = rows.copy(client, "device_telemetry", range.from, range.to).await?;
+                Ok(usize::try_from(copied).unwrap_or(usize::MAX))
+            }
+        }
     }
-}
 
-/// What the ranges came to.
-#[derive(Debug, Default)]
-struct Sorted {
-    stored: usize,
-    refused: Vec<(Part, usize, String)>,
+    fn merging(part: Part) -> Option<Part> {
+        (part == Part::Fresh(How::Copy)).then_some(Part::Fresh(How::Merge))
+    }
 }
 
 impl Batch {
@@ -60,87 +56,44 @@ impl Batch {
     ) -> Result<Committed, WriteError> {
         let started = Instant::now();
         in_time(patience, async { Ok(client.batch_execute("BEGIN").await?) }).await?;
-        let sorted = self.sort_out(client, path, patience).await?;
-        let letters: Vec<(usize, DeadLetter)> = sorted
+        let isolated = self.sort_out(client, path, patience).await?;
+        let letters: Vec<(usize, DeadLetter)> = isolated
             .refused
             .into_iter()
             .filter_map(|(part, row, message)| self.letter(part, row, message))
             .collect();
         let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
-        let done = in_time(patience, self.finish(client, sorted.stored, &letters, started)).await?;
-        self.rejected.extend(deliveries.into_iter().map(|delivery| (delivery, Reason::RejectedByDatabase)));
+        let done = in_time(patience, self.finish(client, isolated.stored, &letters, started)).await?;
+        self.deliveries.refused_by_database(deliveries);
         Ok(done)
     }
 
     fn part(&self, part: Part) -> &Encoded {
         match part {
-            Part::Fresh => &self.fresh,
+            Part::Fresh(_) => &self.fresh,
             Part::Suspects => &self.suspects,
         }
     }
 
     /// Stores everything that can be stored, in the connection's transaction.
-    async fn sort_out(&self, client: &Client, path: Path, patience: Duration) -> Result<Sorted, WriteError> {
+    async fn sort_out(
+        &self,
+        client: &Client,
+        path: Path,
+        patience: Duration,
+    ) -> Result<Isolated<Part>, WriteError> {
         let how = if path == Path::Isolate { How::Copy } else { How::Merge };
-        let fresh = Range { part: Part::Fresh, how, from: 0, to: self.fresh.len() };
-        let suspects = Range { part: Part::Suspects, how: How::Merge, from: 0, to: self.suspects.len() };
-        let mut sorted = Sorted::default();
-        let mut open = vec![suspects];
+        let fresh = Range { part: Part::Fresh(how), from: 0, to: self.fresh.len() };
+        let suspects = Range { part: Part::Suspects, from: 0, to: self.suspects.len() };
         // The row that made the fast path fail need not be found again.
         match self.named.as_ref().filter(|(row, _)| path == Path::Isolate && *row < fresh.to) {
             Some((row, message)) => {
-                sorted.refused.push((Part::Fresh, *row, message.clone()));
-                open.extend([Range { from: row + 1, ..fresh }, Range { to: *row, ..fresh }]);
+                let open = vec![suspects, Range { from: row + 1, ..fresh }, Range { to: *row, ..fresh }];
+                let refused = vec![(fresh.part, *row, message.clone())];
+                isolate(self, client, patience, open, refused).await
             }
-            None => open.push(fresh),
+            None => isolate(self, client, patience, vec![suspects, fresh], Vec::new()).await,
         }
-        while let Some(range) = open.pop() {
-            if range.from == range.to {
-                continue;
-            }
-            match in_time(patience, self.store(client, range)).await {
-                Ok(stored) => {
-                    sorted.stored += stored;
-                }
-                Err(WriteError::Duplicate) if range.how == How::Copy => {
-                    in_time(patience, undo(client)).await?;
-                    open.push(Range { how: How::Merge, ..range });
-                }
-                Err(WriteError::Data { message, line }) => {
-                    in_time(patience, undo(client)).await?;
-                    let named = line.map(|line| range.from + line).filter(|row| *row < range.to);
-                    match named {
-                        Some(row) => {
-                            sorted.refused.push((range.part, row, message));
-                            open.extend([Range { from: row + 1, ..range }, Range { to: row, ..range }]);
-                        }
-                        None if range.to - range.from == 1 => {
-                            sorted.refused.push((range.part, range.from, message));
-                        }
-                        None => {
-                            let [first, second] = range.split(range.from.midpoint(range.to));
-                            open.extend([second, first]);
-                        }
-                    }
-                }
-                Err(other) => return Err(other),
-            }
-        }
-        Ok(sorted)
-    }
-
-    async fn store(&self, client: &Client, range: Range) -> Result<usize, WriteError> {
-        let rows = self.part(range.part);
-        client.batch_execute("SAVEPOINT part").await?;
-        let stored = match range.how {
-            How::Merge => rows.merge(client, range.from, range.to).await?,
-            How::Copy => {
-                let copied = rows.copy(client, "device_telemetry", range.from, range.to).await?;
-                usize::try_from(copied).unwrap_or(usize::MAX)
-            }
-        };
-        client.batch_execute("RELEASE part").await?;
-        Ok(stored)
     }
 
     /// The dead letter of a refused row, and the number of its delivery.
@@ -149,25 +102,6 @@ impl Batch {
         let delivery = self.deliveries.get(number)?;
         let time = self.part(part).timestamps().nth(row)?;
         let element = reading::part_at(&delivery.topic, &delivery.payload, &self.rules, time);
-        let letter = DeadLetter {
-            received_at_us: wall_clock_of(delivery.received),
-            source: self.source,
-            topic: delivery.topic.clone(),
-            reason: Reason::RejectedByDatabase,
-            error,
-            payload: slice_of(&delivery.payload, element),
-        };
-        Some((number, letter))
+        Some((number, self.deliveries.letter(number, element, error)?))
     }
-}
-
-/// Back to before the range that failed.
-async fn undo(client: &Client) -> Result<(), WriteError> {
-    Ok(client.batch_execute("ROLLBACK TO part; RELEASE part").await?)
-}
-
-/// The wall clock at a past moment of the monotonic one, microseconds since 1970.
-fn wall_clock_of(moment: Instant) -> i64 {
-    let ago = i64::try_from(moment.elapsed().as_micros()).unwrap_or(0);
-    jiff::Timestamp::now().as_microsecond() - ago
 }

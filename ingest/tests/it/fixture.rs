@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use ingest::batch::{Batch as _, Committed, Path};
 use ingest::database::Database;
 use ingest::delivery::{Ack, Delivery};
 use ingest::failure::WriteError;
@@ -10,7 +11,7 @@ use ingest::partitions::{self, Layout};
 use ingest::reading::Rules;
 use ingest::recent::Recent;
 use ingest::settings::{DatabaseSettings, IngestSettings};
-use ingest::telemetry::{Batch, Committed, Path};
+use ingest::telemetry::Batch;
 use playground::cluster::{Cluster, Options};
 use playground::postgres::{Db, Role};
 use playground::scratch::Scratch;
@@ -18,10 +19,10 @@ use service::health::Health;
 use service::secret::Secret;
 use tokio::time::Instant;
 
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) struct Fixture {
-    _cluster: Cluster,
+    pub(crate) cluster: Cluster,
     pub(crate) database: Database,
     pub(crate) db: Db,
     pub(crate) now_us: i64,
@@ -47,7 +48,7 @@ impl Fixture {
         partitions::ensure(&mut client, &layout(), &layout().cells([now_us].into_iter())).await.unwrap();
         drop(client);
         let db = cluster.connect(Role::Owner).await.unwrap();
-        Self { _cluster: cluster, database, db, now_us, recent: Recent::default(), _scratch: scratch }
+        Self { cluster, database, db, now_us, recent: Recent::default(), _scratch: scratch }
     }
 
     /// Forgets what was seen before: the next batch finds out the hard way.
@@ -67,18 +68,30 @@ impl Fixture {
     /// Commits as a writer does: the fast path first, then whatever the error asks for.
     pub(crate) async fn commit(&self, batch: &mut Batch) -> Committed {
         batch.seal();
+        self.try_commit(batch, PATIENCE).await.unwrap()
+    }
+
+    /// As [`Fixture::commit`] of a sealed batch, once: an error of the server or network is the outcome, its connection thrown away.
+    pub(crate) async fn try_commit(
+        &self,
+        batch: &mut Batch,
+        patience: Duration,
+    ) -> Result<Committed, WriteError> {
         let mut client = self.database.client().await.unwrap();
         let mut path = Path::Fast;
         for _ in 0..4 {
-            match batch.commit(&mut client, path, PATIENCE).await {
-                Ok(committed) => return committed,
+            match batch.commit(&mut client, path, patience).await {
+                Ok(committed) => return Ok(committed),
                 Err(WriteError::Duplicate) => path = Path::Merge,
                 Err(WriteError::Data { .. }) => path = Path::Isolate,
                 Err(WriteError::MissingPartition) => {
                     let needed = layout().cells(batch.timestamps());
                     partitions::ensure(&mut client, &layout(), &needed).await.unwrap();
                 }
-                Err(error) => panic!("{error}"),
+                Err(error) => {
+                    self.database.discard(client, "outcome unknown");
+                    return Err(error);
+                }
             }
         }
         panic!("a batch takes at most three tries");

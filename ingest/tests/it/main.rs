@@ -5,4 +5,6 @@
 mod encoding;
 mod fixture;
 mod paths;
+mod sessions;
+mod standby;
 mod upkeep;

@@ -1,7 +1,9 @@
 //! Fast path, merge, isolation: every reading is one row or one dead letter, and the rest is not harmed.
 
+use std::time::{Duration, Instant};
+
+use ingest::batch::{Batch as _, Committed};
 use ingest::dead_letter::Reason;
-use ingest::telemetry::Committed;
 use playground::cluster::Options;
 
 use crate::fixture::{Fixture, message, reading};
@@ -33,7 +35,7 @@ async fn check_duplicates(remembered: bool) {
     assert_eq!(fixture.readings().await, 150);
     let first = "SELECT count(*) FROM device_telemetry WHERE metrics = '{\"rpm\": 1}'";
     assert_eq!(fixture.count(first).await, 100, "the first delivery counts");
-    let settled = batch.settle();
+    let settled = batch.deliveries_mut().settle();
     assert_eq!(settled.len(), 101);
     assert!(settled.iter().all(|settled| settled.rejected.is_none()));
 }
@@ -84,9 +86,40 @@ async fn rows_the_database_refuses_cost_only_themselves() {
         }
         assert_eq!(row.get::<_, &str>(4), "mqtt");
     }
-    let rejected: Vec<u64> =
-        batch.settle().into_iter().filter(|s| s.rejected.is_some()).map(|s| s.ack.id).collect();
+    let rejected: Vec<u64> = batch
+        .deliveries_mut()
+        .settle()
+        .into_iter()
+        .filter(|s| s.rejected.is_some())
+        .map(|s| s.ack.id)
+        .collect();
     assert_eq!(rejected, [0, 17, 18, 500, 999, 1000]);
+}
+
+/// Each refused row takes a few steps. The deadline is for a step: for all of them together it would never be met, and
+/// the batch would begin again for ever.
+#[tokio::test]
+async fn many_refused_rows_do_not_run_into_the_commit_timeout() {
+    const ROWS: usize = 1_200;
+    let mut fixture = Fixture::new(Options::alone()).await;
+    let mut patience = Duration::from_secs(60);
+    // The first time shows how long this takes on this machine.
+    for round in 0..2 {
+        let mut batch = fixture.batch();
+        for number in 0..ROWS {
+            let metrics = if number % 3 == 0 { POISON } else { "{}" };
+            let delivery = fixture.delivery(round * ROWS + number, 0, metrics);
+            fixture.push(&mut batch, delivery);
+        }
+        batch.seal();
+        let started = Instant::now();
+        let committed = fixture.try_commit(&mut batch, patience).await.unwrap();
+        assert_eq!(counts(&committed), (ROWS * 2 / 3, 0));
+        let took = started.elapsed();
+        assert!(round == 0 || took > patience, "{took:?} within a patience of {patience:?} shows nothing");
+        patience = took / 4;
+    }
+    assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, (ROWS / 3 * 2) as i64);
 }
 
 #[tokio::test]
@@ -108,7 +141,7 @@ async fn a_batch_of_nothing_but_poison_and_duplicates_ends() {
     }
     assert_eq!(counts(&fixture.commit(&mut batch).await), (20, 20));
     assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, 40);
-    let reasons: Vec<Reason> = batch.reasons().collect();
+    let reasons: Vec<Reason> = batch.deliveries().reasons().collect();
     assert_eq!(reasons, [Reason::RejectedByDatabase; 40]);
 }
 
@@ -134,7 +167,7 @@ async fn a_refused_element_of_an_array_is_named_alone() {
     let payloads: Vec<String> =
         letters.iter().map(|row| String::from_utf8(row.get::<_, Vec<u8>>(0)).unwrap()).collect();
     assert_eq!(payloads, ["17".to_owned(), elements[5].clone()]);
-    let settled = batch.settle();
+    let settled = batch.deliveries_mut().settle();
     assert_eq!(settled.iter().map(|s| s.rejected.is_some()).collect::<Vec<_>>(), [true, false]);
 }
 

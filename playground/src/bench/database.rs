@@ -5,13 +5,14 @@ use std::time::Instant;
 
 use anyhow::Context;
 use bytes::Bytes;
+use ingest::batch::{Batch as _, Path};
 use ingest::database::Database;
 use ingest::delivery::Delivery;
 use ingest::partitions::Layout;
 use ingest::reading::Rules;
 use ingest::recent::Recent;
 use ingest::settings::{DatabaseSettings, IngestSettings};
-use ingest::telemetry::{Batch, Path};
+use ingest::telemetry::Batch;
 use service::health::Health;
 use service::secret::Secret;
 use simulators::device::payload::{self, Writer};
@@ -88,7 +89,7 @@ fn encode(rows: u64, settings: &IngestSettings, now_us: i64) -> Vec<Batch> {
             batches.push(std::mem::replace(&mut batch, Batch::new("mqtt", rules)));
         }
     }
-    if !batch.is_empty() {
+    if !batch.deliveries().is_empty() {
         batch.seal();
         batches.push(batch);
     }

@@ -19,6 +19,35 @@ const STALL: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_millis(20);
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What a publisher sends.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Load {
+    pub(super) qos: u8,
+    pub(super) messages: u64,
+    /// Readings in each message.
+    pub(super) array: u16,
+    /// Messages a second; `None` is as fast as the broker takes them.
+    pub(super) rate: Option<u32>,
+    /// As for `device-simulator --trouble`.
+    pub(super) trouble: Option<&'static str>,
+}
+
+impl Load {
+    /// Single readings as fast as the broker takes them.
+    pub(super) fn singles(qos: u8, messages: u64) -> Self {
+        Self { qos, messages, array: 1, rate: None, trouble: None }
+    }
+
+    /// Gateway messages of so many readings, QoS 1.
+    pub(super) fn arrays(messages: u64, array: u16) -> Self {
+        Self { array, ..Self::singles(1, messages) }
+    }
+
+    pub(super) fn rows(&self) -> u64 {
+        self.messages * u64::from(self.array)
+    }
+}
+
 pub(super) struct Floor {
     pub(super) cluster: Cluster,
     pub(super) settings: Vec<String>,
@@ -68,19 +97,21 @@ impl Floor {
         Ok(consumer)
     }
 
-    /// The publisher of every measurement: as fast as the broker takes it, then it ends by itself.
-    pub(super) async fn publisher(&self, qos: u8, messages: u64, array: u16) -> anyhow::Result<Program> {
+    /// The publisher of every measurement: it sends what it is told, then it ends by itself.
+    pub(super) async fn publisher(&self, load: Load) -> anyhow::Result<Program> {
         let broker = self.broker.as_ref().context("no broker")?;
         let ledger = self.ledger_file();
         if ledger.exists() {
             std::fs::remove_file(&ledger).context("remove the ledger of the measurement before")?;
         }
+        let rate = load.rate.map_or_else(|| "max".to_owned(), |rate| rate.to_string());
         Launch::new("device-simulator")
             .envs(broker.environment())
-            .args(["--rate", "max", "--connections", "4"])
-            .args(["--qos".to_owned(), qos.to_string(), "--count".to_owned(), messages.to_string()])
-            .args(["--array".to_owned(), array.to_string()])
+            .args(["--rate", &rate, "--connections", "4"])
+            .args(["--qos".to_owned(), load.qos.to_string(), "--count".to_owned(), load.messages.to_string()])
+            .args(["--array".to_owned(), load.array.to_string()])
             .args(["--ledger".to_owned(), ledger.display().to_string()])
+            .args(load.trouble.into_iter().flat_map(|kind| ["--trouble", kind]))
             .start(self.scratch.path())
             .await
     }

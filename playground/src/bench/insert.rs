@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::database::database;
-use super::floor::{Floor, rate};
+use super::floor::{Floor, Load, rate};
 use super::{Measured, subscriber};
 
 const BATCH: usize = 100;
@@ -65,7 +65,7 @@ pub(super) async fn measure(floor: &mut Floor, messages: u64) -> anyhow::Result<
             counter.fetch_add(batch.len() as u64, Ordering::Relaxed);
         }
     });
-    let mut publisher = floor.publisher(1, messages, 1).await?;
+    let mut publisher = floor.publisher(Load::singles(1, messages)).await?;
     let (per_second, count) = tokio::select! {
         measured = rate(messages, async || Ok(committed.load(Ordering::Relaxed))) => measured?,
         Some(ended) = tasks.join_next() => {

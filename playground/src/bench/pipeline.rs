@@ -3,25 +3,21 @@
 use anyhow::{Context, bail};
 
 use super::Measured;
-use super::floor::{Floor, PATIENCE, rate};
+use super::floor::{Floor, Load, PATIENCE, rate};
 use crate::postgres::Role;
 use crate::procfs;
 use crate::verify::stored::{self, Scope};
 use crate::verify::{Report, compare};
 
-/// `array` readings in each of `messages` messages; rates are of rows.
-pub(super) async fn measure(
-    floor: &mut Floor,
-    qos: u8,
-    messages: u64,
-    array: u16,
-) -> anyhow::Result<Measured> {
+/// Rates are of rows, with trouble of messages settled.
+pub(super) async fn measure(floor: &mut Floor, load: Load) -> anyhow::Result<Measured> {
     floor.broker().await?;
     let mut consumer = floor.consumer().await?;
-    let mut publisher = floor.publisher(qos, messages, array).await?;
-    let rows = messages * u64::from(array);
+    let mut publisher = floor.publisher(load).await?;
+    let counted =
+        if load.trouble.is_some() { "ingest_acknowledged_total" } else { "ingest_rows_committed_total" };
     let (per_second, count) =
-        rate(rows, async || Ok(consumer.metrics().await?.count("ingest_rows_committed_total"))).await?;
+        rate(load.rows(), async || Ok(consumer.metrics().await?.count(counted))).await?;
     let ledger = floor.ledger(&mut publisher).await?;
     let cpu = consumer.pid().map(procfs::tree_cpu_seconds).unwrap_or_default();
     consumer.terminate(PATIENCE).await?;
@@ -33,7 +29,7 @@ pub(super) async fn measure(
         nodes.push(compare(node.name(), &ledger, &stored));
     }
     let report = Report::new(&ledger, nodes);
-    if qos > 0 && !report.holds() {
+    if load.qos > 0 && !report.holds() {
         bail!("the ledger does not match the tables: {}", report.verdict());
     }
     let per_row = cpu * 1e6 / count.max(1) as f64;

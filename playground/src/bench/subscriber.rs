@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use wire::topic::FILTER;
 
 use super::Measured;
-use super::floor::{Floor, PATIENCE, rate};
+use super::floor::{Floor, Load, PATIENCE, rate};
 
 /// In flight towards a subscriber, as `mqtt-consumer` announces.
 const RECEIVE_MAXIMUM: u16 = 60_000;
@@ -69,7 +69,7 @@ pub(super) async fn measure(floor: &mut Floor, qos: u8, messages: u64) -> anyhow
             counter.fetch_add(1, Ordering::Relaxed);
         }
     });
-    let mut publisher = floor.publisher(qos, messages, 1).await?;
+    let mut publisher = floor.publisher(Load::singles(qos, messages)).await?;
     let measured = tokio::select! {
         measured = rate(messages, async || Ok(received.load(Ordering::Relaxed))) => measured?,
         Some(ended) = tasks.join_next() => {

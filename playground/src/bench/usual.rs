@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, ensure};
 
 use super::Measured;
-use super::floor::{Floor, PATIENCE, rate};
+use super::floor::{Floor, Load, PATIENCE, rate};
 use crate::child::Start;
 use crate::postgres::Role;
 
@@ -42,7 +42,7 @@ pub(super) async fn measure(floor: &mut Floor, messages: u64) -> anyhow::Result<
     consumer.until("subscribes", PATIENCE, subscribed).await?;
     // Whole transactions only: the script leaves a part of one uncommitted.
     let messages = messages / 100 * 100;
-    let mut publisher = floor.publisher(1, messages, 1).await?;
+    let mut publisher = floor.publisher(Load::singles(1, messages)).await?;
     let (per_second, count) = rate(messages, async || {
         let text = std::fs::read_to_string(&log).context("read the consumer's log")?;
         if let Some(status) = consumer.ended() {

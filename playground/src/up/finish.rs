@@ -54,6 +54,16 @@ pub(super) async fn finish(
         trouble.push(format!("{error:#}"));
     }
     let stored_after = started.elapsed();
+    let sessions = match &mut stack.sessions {
+        Some(sessions) => match sessions.finish(&stack.cluster).await {
+            Ok(ledger) => ledger,
+            Err(error) => {
+                trouble.push(format!("{error:#}"));
+                None
+            }
+        },
+        None => None,
+    };
     stack.cluster.wait_replayed(REPLAY).await?;
     let scope = match home.run()? {
         Some(Run { first_transaction }) if stack.kept => Scope::Run { first_transaction },
@@ -63,14 +73,23 @@ pub(super) async fn finish(
     let nodes = tokio::time::timeout(VERIFY, look(stack, ledger.as_ref(), scope))
         .await
         .with_context(|| format!("the tables were not read within {VERIFY:?}"))??;
+    let sessions_found = match &sessions {
+        Some(ledger) => super::sessions::look(&stack.cluster, ledger).await?,
+        None => Vec::new(),
+    };
+    if ledger.is_none() {
+        let wrong = sessions_found.iter().filter(|node| !node.holds());
+        trouble.extend(wrong.map(|node| format!("{}: {}", node.node, node.verdict())));
+    }
     say(format!("every device checked on every node in {:.2} s", began.elapsed().as_secs_f64()));
+    let report = ledger.as_ref().map(|ledger| {
+        let findings = nodes.iter().map(|(name, stored)| compare(name, ledger, stored)).collect();
+        Report::new(ledger, findings).with_sessions(sessions_found)
+    });
     Ok(Summary::new(
         args,
         ledger.as_ref(),
-        ledger.as_ref().map(|ledger| {
-            let findings = nodes.iter().map(|(name, stored)| compare(name, ledger, stored)).collect();
-            Report::new(ledger, findings)
-        }),
+        (report, sessions.as_ref()),
         &nodes,
         sampler,
         (published, stored_after),

@@ -17,6 +17,9 @@ pub(super) fn line(sample: &Sample) -> String {
         sample.rows_in_flight + sample.queue_messages,
         lag(sample.flush_lag_bytes),
     );
+    if let Some(rate) = sample.session_rate {
+        text.push_str(&format!("  sessions {rate:.0}/s"));
+    }
     for (name, value) in
         [("dead letters", dead), ("duplicates", sample.duplicates), ("retries", sample.retries)]
     {

@@ -40,6 +40,8 @@ pub struct Sample {
     pub flush_lag_bytes: Option<u64>,
     pub replay_lag_bytes: Option<u64>,
     pub synchronous: bool,
+    /// Messages of user activity per second. `None`: nobody consumes them.
+    pub session_rate: Option<f64>,
     pub processes: Vec<Usage>,
 }
 
@@ -153,13 +155,17 @@ impl Sampler {
         self.newest.clone()
     }
 
-    pub(super) async fn take(&mut self, stack: &Stack) -> Sample {
+    pub(super) async fn take(&mut self, stack: &mut Stack) -> Sample {
         let now = Instant::now();
         let (metrics, simulator, lag) = (
             self.scrape(stack).await,
             stack.simulator_metrics().await.unwrap_or_default(),
             self.lag(stack).await,
         );
+        let session_rate = match &mut stack.sessions {
+            Some(sessions) => sessions.rate().await,
+            None => None,
+        };
         let sent = simulator.count("device_simulator_sent_total");
         let (since, before, sent_before, cpu_before) = self
             .last
@@ -194,6 +200,7 @@ impl Sampler {
             flush_lag_bytes: lag.map(|lag| lag.0),
             replay_lag_bytes: lag.map(|lag| lag.1),
             synchronous: lag.is_some_and(|lag| lag.2),
+            session_rate,
             processes,
         };
         self.last = Some((now, metrics, sent, self.cpu_seconds.clone()));

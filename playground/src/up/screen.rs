@@ -77,7 +77,7 @@ fn paint(frame: &mut Frame<'_>, history: &VecDeque<Sample>, sample: &Sample, sta
         Constraint::Length(9),
         Constraint::Min(4),
         Constraint::Min(4),
-        Constraint::Length(8),
+        Constraint::Length(11),
     ])
     .areas(frame.area());
     let title = format!(" Tier0   {:>4.0} s   q or Ctrl-C drains and verifies ", sample.seconds);
@@ -147,6 +147,7 @@ fn paint_state(frame: &mut Frame<'_>, area: Rect, sample: &Sample, standby_wante
         Line::from(vec![label("standby"), standby]),
         pair("not flushed there", lag(sample.flush_lag_bytes)),
         pair("not replayed there", lag(sample.replay_lag_bytes)),
+        pair("user activity", sample.session_rate.map_or_else(|| "-".into(), |rate| format!("{rate:.0}/s"))),
         warn("retries", sample.retries),
     ];
     if sample.behind_seconds >= 1.0 {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use super::sessions::Sessions;
 use crate::cli::{Part, UpArgs, say};
 use crate::cluster::{Cluster, Options};
 use crate::home::{Home, Process};
@@ -29,6 +30,7 @@ pub(super) const CONSUMER_GRACE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Stack {
     // Clients before servers: dropping goes in this order.
+    pub(super) sessions: Option<Sessions>,
     pub(super) simulator: Option<Program>,
     pub(super) consumer: Option<Program>,
     pub(super) broker: Option<Mosquitto>,
@@ -51,7 +53,7 @@ impl Stack {
             anyhow::Ok(Some(broker))
         };
         let ((cluster, kept), broker) = tokio::try_join!(databases(dir, with(Part::Region2)), broker)?;
-        let mut stack = Self { simulator: None, consumer: None, broker, cluster, kept };
+        let mut stack = Self { sessions: None, simulator: None, consumer: None, broker, cluster, kept };
         if with(Part::MqttConsumer) {
             let started = Instant::now();
             let launch = Launch::new("mqtt-consumer").envs(stack.environment());
@@ -124,6 +126,13 @@ impl Stack {
         Ok(())
     }
 
+    /// User activity comes up beside telemetry, which does not wait for it.
+    pub(super) fn start_sessions(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {
+        let sessions = Sessions::start(home.data(), home.session_ledger(), &self.cluster, args)?;
+        self.sessions = Some(sessions);
+        Ok(())
+    }
+
     /// The simulator has sent what it was told to send (`-- --count N`) and ended well.
     pub(super) fn finished(&mut self) -> bool {
         self.simulator.as_mut().and_then(Program::ended).is_some_and(|status| status.success())
@@ -136,6 +145,9 @@ impl Stack {
                 let tail = crate::child::tail(program.log(), 15);
                 return Some(format!("{} ended by itself ({status}){tail}", program.name()));
             }
+        }
+        if let Some(what) = self.sessions.as_mut().and_then(Sessions::died) {
+            return Some(what);
         }
         for node in &mut self.cluster.nodes {
             if !node.is_running() {
@@ -170,12 +182,16 @@ impl Stack {
             .chain(broker)
             .chain(programs)
             .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
+            .chain(self.sessions.iter().flat_map(Sessions::processes))
             .collect()
     }
 
     /// Stops the servers; our programs are stopped by then.
     pub(super) async fn stop(mut self) -> anyhow::Result<()> {
-        let mut outcome = Ok(());
+        let mut outcome = match self.sessions.take() {
+            Some(sessions) => sessions.stop().await,
+            None => Ok(()),
+        };
         if let Some(simulator) = &mut self.simulator {
             outcome = outcome.and(simulator.terminate(SIMULATOR_GRACE).await);
         }
@@ -241,7 +257,7 @@ async fn fill(owner: tokio_postgres::Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
+pub(super) fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
     let port = Port::near(wanted)?;
     if port.number() != wanted {
         taken(name, wanted, port.number());
@@ -253,7 +269,7 @@ fn taken(name: &str, wanted: u16, used: u16) {
     say(format!("  {name}: port {wanted} is taken, using {used} instead"));
 }
 
-fn report(name: &str, port: u16, started: Instant, note: &str) {
+pub(super) fn report(name: &str, port: u16, started: Instant, note: &str) {
     let address = format!("127.0.0.1:{port}");
     say(format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64()));
 }

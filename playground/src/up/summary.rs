@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use wire::ledger::Ledger;
+use wire::sessions::SessionLedger;
 
 use super::sample::Sampler;
 use crate::cli::UpArgs;
@@ -45,6 +46,9 @@ pub(super) struct Summary {
     pub p95_ms: Option<f64>,
     pub p99_ms: Option<f64>,
     pub consumer_rss_mb_max: f64,
+    /// Messages of user activity the broker confirmed, and the sessions they are of.
+    pub session_messages: u64,
+    pub sessions: u64,
     /// Processor time by process, everything below it included.
     pub cpu_seconds: BTreeMap<String, f64>,
     pub report: Option<Report>,
@@ -54,7 +58,7 @@ impl Summary {
     pub(super) fn new(
         args: &UpArgs,
         ledger: Option<&Ledger>,
-        report: Option<Report>,
+        (report, sessions): (Option<Report>, Option<&SessionLedger>),
         nodes: &[(String, Stored)],
         sampler: &Sampler,
         (published, stored_after): (Duration, Duration),
@@ -113,6 +117,8 @@ impl Summary {
             p95_ms: milliseconds(0.95),
             p99_ms: milliseconds(0.99),
             consumer_rss_mb_max,
+            session_messages: sessions.map_or(0, |ledger| ledger.confirmed),
+            sessions: sessions.map_or(0, |ledger| ledger.sessions.len() as u64),
             cpu_seconds: sampler.cpu_seconds().clone(),
             report,
         }
@@ -163,6 +169,11 @@ impl fmt::Display for Summary {
             show(self.p50_ms),
             show(self.p95_ms),
             show(self.p99_ms)
+        )?;
+        writeln!(
+            f,
+            "{:<22}{} messages confirmed, {} sessions",
+            "user activity", self.session_messages, self.sessions
         )?;
         writeln!(f, "{:<22}{:.0} MB at most", "consumer memory", self.consumer_rss_mb_max)?;
         let cpu: Vec<String> =

@@ -130,7 +130,7 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
         Scope::Run { .. } => Timestamp::from_microsecond(ledger.started_us).context("start of the run")?,
     };
     let letters = transaction
-        .query("SELECT reason, count(*) FROM dead_letters WHERE received_at >= $1 GROUP BY reason", &[&since])
+        .query("SELECT reason, count(*) FROM dead_letters WHERE source <> 'rabbitmq' AND received_at >= $1 GROUP BY reason", &[&since])
         .await
         .context("count dead letters")?;
     let dead_letters = letters

@@ -14,7 +14,7 @@ const TABLES: &str = "
         metrics jsonb NOT NULL, PRIMARY KEY (timestamp_utc, device_id)) PARTITION BY RANGE (timestamp_utc);
     CREATE TABLE early PARTITION OF device_telemetry FOR VALUES FROM ('2020-01-01') TO ('2026-02-03 04:05:06Z');
     CREATE TABLE late PARTITION OF device_telemetry FOR VALUES FROM ('2026-02-03 04:05:06Z') TO ('2030-01-01');
-    CREATE TABLE dead_letters (received_at timestamptz NOT NULL, reason text NOT NULL);";
+    CREATE TABLE dead_letters (received_at timestamptz NOT NULL, reason text NOT NULL, source text DEFAULT 'mqtt');";
 
 /// 2026-02-03T04:05:00Z
 const START: i64 = 1_770_091_500_000_000;

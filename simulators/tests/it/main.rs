@@ -6,3 +6,4 @@ mod command_line;
 mod exact;
 mod outages;
 mod stage;
+mod users;

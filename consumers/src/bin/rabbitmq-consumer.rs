@@ -1,0 +1,82 @@
+//! `rabbitmq-consumer`: user activity from RabbitMQ into Postgres.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use consumers::pipeline::Pipeline;
+use consumers::rabbitmq::metrics::SourceMetrics;
+use consumers::rabbitmq::settings::RabbitConsumerSettings;
+use consumers::rabbitmq::source::Source;
+use ingest::session;
+use prometheus::Registry;
+use service::health::Health;
+use service::process::Process;
+use service::settings::SettingsArgs;
+use service::{http, process};
+
+/// Takes user activity from a RabbitMQ queue and keeps the newest state of each session in Postgres; a message is
+/// acknowledged only after what it says is committed on the primary and its synchronous standby.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Examples:
+  rabbitmq-consumer --config config/tier0.toml
+  rabbitmq-consumer --set rabbitmq.queue=webapp_active_users --set rabbitmq.queue_type=classic
+  TIER0__RABBITMQ__PASSWORD_FILE=/run/secrets/rabbit rabbitmq-consumer --set rabbitmq.username=tier0
+  rabbitmq-consumer --print-config
+
+SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
+Exit status: 0 drained, 1 failed (also when the queue is there with other arguments), 78 bad settings."
+)]
+struct Args {
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    process::main(&args.settings, |settings: &RabbitConsumerSettings| &settings.log, run)
+}
+
+async fn run(settings: RabbitConsumerSettings) -> anyhow::Result<()> {
+    let registry = http::registry()?;
+    let health = Health::default();
+    let mut process = Process::default();
+    let listener = http::bind(&settings.http).await?;
+    process.serve(listener, http::routes(registry.clone(), health.clone()));
+    start_pipeline(&settings, &registry, &health, &mut process)?;
+    process.run(settings.rabbitmq_consumer.grace).await
+}
+
+fn start_pipeline(
+    settings: &RabbitConsumerSettings,
+    registry: &Registry,
+    health: &Health,
+    process: &mut Process,
+) -> anyhow::Result<()> {
+    let pipeline = Pipeline {
+        source: "rabbitmq",
+        database: &settings.database,
+        ingest: &settings.ingest(),
+        migrate: settings.rabbitmq_consumer.migrate,
+        partitions: false,
+    };
+    let intake = pipeline.start::<session::Batch>(registry, health, process)?;
+    let source = Source {
+        broker: settings.rabbitmq.clone(),
+        settings: settings.rabbitmq_consumer.clone(),
+        settlements: intake.settlements,
+        health: health.dependency("broker"),
+        metrics: intake.metrics,
+        source_metrics: SourceMetrics::new(registry)?,
+    };
+    let shutdown = process.shutdown();
+    process.start("source", async move {
+        // Reading starts when there is a table to write to; until then the broker keeps the messages.
+        tokio::select! {
+            () = intake.prepared.cancelled() => source.run(intake.queue, shutdown).await,
+            () = shutdown.cancelled() => Ok(()),
+        }
+    });
+    Ok(())
+}

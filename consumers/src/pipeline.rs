@@ -1,0 +1,89 @@
+//! From a source's messages to committed rows, whatever the broker: queue, writers, upkeep, as tasks of one process.
+
+use std::sync::Arc;
+
+use ingest::batch::Batch;
+use ingest::database::Database;
+use ingest::maintenance::Maintenance;
+use ingest::metrics::Metrics;
+use ingest::queue::Sender;
+use ingest::settings::{DatabaseSettings, IngestSettings};
+use ingest::settlement::Settlements;
+use ingest::writer::Writer;
+use ingest::{backlog, queue};
+use prometheus::Registry;
+use service::health::Health;
+use service::process::Process;
+use tokio_util::sync::CancellationToken;
+
+/// What is started.
+#[derive(Debug)]
+pub struct Pipeline<'s> {
+    /// Goes into dead letters, for instance `mqtt`.
+    pub source: &'static str,
+    pub database: &'s DatabaseSettings,
+    pub ingest: &'s IngestSettings,
+    /// Bring the schema up to date first.
+    pub migrate: bool,
+    /// Keep the partitions of telemetry.
+    pub partitions: bool,
+}
+
+/// What the source works with.
+#[derive(Debug)]
+pub struct Intake {
+    pub queue: Sender,
+    pub settlements: Arc<Settlements>,
+    pub metrics: Metrics,
+    /// Cancelled when there is a table to write to. Until then the broker keeps the messages.
+    pub prepared: CancellationToken,
+}
+
+impl Pipeline<'_> {
+    /// Starts the upkeep and the writers; `B` is what they commit. They end when the queue's sender is dropped.
+    ///
+    /// # Errors
+    /// When the settings name no node, or a metric is registered already.
+    pub fn start<B: Batch>(
+        self,
+        registry: &Registry,
+        health: &Health,
+        process: &mut Process,
+    ) -> anyhow::Result<Intake> {
+        let ingest = self.ingest;
+        let metrics = Metrics::new(registry)?;
+        // One connection for each writer and one for the upkeep of the tables.
+        let database = Database::new(self.database, ingest.writers + 1, health.dependency("postgres"))?;
+        let bytes = usize::try_from(ingest.queue_bytes.as_u64())?;
+        let (sender, receiver) = queue::bounded::<B::Memory>(ingest.queue_messages, bytes);
+        let settlements = Arc::new(Settlements::new(ingest.writers));
+        backlog::export(registry, sender.level(), settlements.clone())?;
+        let maintenance = Maintenance {
+            database: database.clone(),
+            settings: ingest.clone(),
+            migrate: self.migrate,
+            partitions: self.partitions,
+        };
+        let prepared = CancellationToken::new();
+        let upkeep = maintenance.run(prepared.clone(), process.shutdown());
+        process.start("maintenance", async move {
+            upkeep.await;
+            Ok(())
+        });
+        for number in 0..ingest.writers {
+            let writer = Writer::<B> {
+                source: self.source,
+                settings: ingest.clone(),
+                queue: receiver.clone(),
+                settlements: settlements.clone(),
+                database: database.clone(),
+                metrics: metrics.clone(),
+            };
+            process.start(format!("writer-{number}"), async move {
+                writer.run().await;
+                Ok(())
+            });
+        }
+        Ok(Intake { queue: sender, settlements, metrics, prepared })
+    }
+}

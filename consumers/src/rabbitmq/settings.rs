@@ -1,0 +1,95 @@
+//! Settings of `rabbitmq-consumer`.
+
+use std::time::Duration;
+
+use amqp::Broker;
+use ingest::settings::{DatabaseSettings, IngestSettings};
+use serde::{Deserialize, Serialize};
+use service::http::HttpSettings;
+use service::logs::LogSettings;
+use service::settings::Settings;
+use wire::rabbitmq::QueueType;
+
+/// A quorum queue refuses a larger window.
+const MAX_QUORUM_PREFETCH: u16 = 2000;
+
+/// All sections `rabbitmq-consumer` reads.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RabbitConsumerSettings {
+    pub log: LogSettings,
+    pub http: HttpSettings,
+    pub database: DatabaseSettings,
+    pub rabbitmq: Broker,
+    pub ingest: IngestSettings,
+    pub rabbitmq_consumer: ConsumerSettings,
+}
+
+/// Section `[rabbitmq_consumer]`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConsumerSettings {
+    /// Messages the broker may have outstanding towards this consumer. A batch holds at most half of them.
+    pub prefetch: u16,
+    /// Messages that cannot be committed for so long go back to the queue, where another consumer may have more luck.
+    /// Below the broker's `consumer_timeout` (30 min), at which it would close the channel.
+    #[serde(with = "humantime_serde")]
+    pub requeue_after: Duration,
+    /// Longest drain after SIGTERM. What is not committed then stays with the broker.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+    /// Bring the schema up to date at start.
+    pub migrate: bool,
+}
+
+impl Default for ConsumerSettings {
+    fn default() -> Self {
+        Self {
+            prefetch: MAX_QUORUM_PREFETCH,
+            requeue_after: Duration::from_secs(15 * 60),
+            grace: Duration::from_secs(30),
+            migrate: true,
+        }
+    }
+}
+
+impl RabbitConsumerSettings {
+    /// `[ingest]`, with batches of at most half the window: while one is committed the next must be able to fill, and
+    /// none may wait for messages that the broker will not send.
+    #[must_use]
+    pub fn ingest(&self) -> IngestSettings {
+        let half = usize::from(self.rabbitmq_consumer.prefetch / 2).max(1);
+        IngestSettings { max_rows: self.ingest.max_rows.min(half), ..self.ingest.clone() }
+    }
+}
+
+impl Settings for RabbitConsumerSettings {
+    const SECTIONS: &'static [&'static str] =
+        &["log", "http", "database", "rabbitmq", "ingest", "rabbitmq_consumer"];
+
+    fn check(&self) -> Result<(), String> {
+        self.log.check()?;
+        self.database.check()?;
+        self.rabbitmq.check()?;
+        self.ingest.check()?;
+        let consumer = &self.rabbitmq_consumer;
+        if consumer.prefetch == 0 {
+            return Err("rabbitmq_consumer.prefetch must be above 0".into());
+        }
+        if self.rabbitmq.queue_type == QueueType::Quorum && consumer.prefetch > MAX_QUORUM_PREFETCH {
+            return Err(format!(
+                "rabbitmq_consumer.prefetch must not exceed {MAX_QUORUM_PREFETCH}: a quorum queue refuses more"
+            ));
+        }
+        if usize::from(consumer.prefetch) > self.ingest.queue_messages {
+            return Err(format!(
+                "rabbitmq_consumer.prefetch ({}) must not exceed ingest.queue_messages ({})",
+                consumer.prefetch, self.ingest.queue_messages
+            ));
+        }
+        if consumer.requeue_after < self.database.commit_timeout {
+            return Err("rabbitmq_consumer.requeue_after must be at least database.commit_timeout".into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,236 @@
+//! The files by which Postgres knows its role: `postgresql.auto.conf`, `standby.signal`, the password file.
+//!
+//! Only three settings are ours; whatever else somebody wrote by ALTER SYSTEM stays. Files are replaced, not
+//! overwritten, and flushed before Postgres is told.
+
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use nix::unistd::{Gid, Uid, User, chown, geteuid};
+
+use crate::agent::settings::RegionAgent;
+use crate::protocol::{Node, Upstream};
+
+/// In `synchronous_standby_names` of a guarded standby: nobody bears this name, so nothing is acknowledged.
+pub const GUARD: &str = "tier0_guard";
+const OURS: [&str; 3] = ["primary_conninfo", "primary_slot_name", "synchronous_standby_names"];
+
+/// Writes as the account Postgres runs as.
+#[derive(Debug, Clone)]
+pub struct Conf {
+    data: PathBuf,
+    passfile: PathBuf,
+    node: Node,
+    replication_user: String,
+    owner: Option<(Uid, Gid)>,
+}
+
+impl Conf {
+    /// # Errors
+    /// When we are root and the account does not exist.
+    pub fn new(settings: &RegionAgent) -> anyhow::Result<Self> {
+        let owner = if geteuid().is_root() {
+            let user = User::from_name(&settings.account)
+                .with_context(|| format!("look up user {}", settings.account))?
+                .with_context(|| format!("region_agent.account: there is no user {}", settings.account))?;
+            Some((user.uid, user.gid))
+        } else {
+            None
+        };
+        let conf = Self {
+            data: settings.data.clone(),
+            passfile: settings.data.with_extension("pgpass"),
+            node: settings.node.clone(),
+            replication_user: settings.replication_user.clone(),
+            owner,
+        };
+        let escape = |text: &str| text.replace('\\', "\\\\").replace(':', "\\:");
+        let line = format!(
+            "*:*:*:{}:{}\n",
+            escape(&settings.replication_user),
+            escape(settings.replication_password.expose())
+        );
+        conf.replace(&conf.passfile, line.as_bytes())?;
+        Ok(conf)
+    }
+
+    #[must_use]
+    pub fn passfile(&self) -> &Path {
+        &self.passfile
+    }
+
+    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<()> {
+        let path = self.data.join("postgresql.auto.conf");
+        let before = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        let kept = if names.is_some() { OURS.len() } else { OURS.len() - 1 };
+        let ours = |line: &&str| OURS.iter().take(kept).any(|key| line.trim_start().starts_with(key));
+        let mut text: String =
+            before.lines().filter(|line| !ours(line)).map(|line| format!("{line}\n")).collect();
+        let conninfo = upstream.map(|upstream| self.conninfo(upstream)).unwrap_or_default();
+        let values = [conninfo.as_str(), self.node.as_str(), names.unwrap_or_default()];
+        for (key, value) in OURS.into_iter().zip(values).take(kept) {
+            text.push_str(&format!("{key} = '{}'\n", value.replace('\'', "''")));
+        }
+        self.replace(&path, text.as_bytes())
+    }
+
+    /// Whether the next start is as a standby.
+    ///
+    /// # Errors
+    /// When the file cannot be created or removed.
+    pub fn mark_standby(&self, standby: bool) -> anyhow::Result<()> {
+        let path = self.data.join("standby.signal");
+        if standby {
+            return self.replace(&path, b"");
+        }
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("remove {}", path.display()))
+            }
+            _ => File::open(&self.data).and_then(|dir| dir.sync_all()).context("flush the data directory"),
+        }
+    }
+
+    #[must_use]
+    pub fn is_standby(&self) -> bool {
+        self.data.join("standby.signal").exists()
+    }
+
+    /// How a standby reaches its primary.
+    #[must_use]
+    pub fn conninfo(&self, upstream: &Upstream) -> String {
+        format!(
+            "host={} port={} user={} passfile='{}' application_name={} connect_timeout=2 keepalives_idle=2 \
+             keepalives_interval=1 keepalives_count=3",
+            upstream.host,
+            upstream.port,
+            self.replication_user,
+            self.passfile.display(),
+            self.node,
+        )
+    }
+
+    /// Makes the data directory empty, for a new base backup.
+    ///
+    /// # Errors
+    /// When something in it cannot be removed.
+    pub fn clear(&self) -> anyhow::Result<()> {
+        for entry in std::fs::read_dir(&self.data).with_context(|| format!("list {}", self.data.display()))? {
+            let path = entry.context("list the data directory")?.path();
+            let removed = if path.is_dir() && !path.is_symlink() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
+            removed.with_context(|| format!("remove {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn replace(&self, path: &Path, content: &[u8]) -> anyhow::Result<()> {
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(".tier0-new");
+        let temporary = path.with_file_name(name);
+        let result = (|| {
+            let mut file =
+                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(content)?;
+            file.sync_all()?;
+            if let Some((uid, gid)) = self.owner {
+                chown(&temporary, Some(uid), Some(gid))?;
+            }
+            std::fs::rename(&temporary, path)?;
+            path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+        })();
+        result.with_context(|| format!("write {}", path.display()))
+    }
+}
+
+/// `synchronous_standby_names` for "every one of these".
+#[must_use]
+pub fn names(wait_for: &BTreeSet<Node>) -> String {
+    if wait_for.is_empty() {
+        return String::new();
+    }
+    let quoted: Vec<String> = wait_for.iter().map(|node| format!("\"{node}\"")).collect();
+    format!("FIRST {} ({})", wait_for.len(), quoted.join(", "))
+}
+
+/// The nodes of a `synchronous_standby_names` that [`names`] wrote; anything else comes back as one name that no node
+/// has, so that it never passes for what was wanted.
+#[must_use]
+pub fn parse_names(text: &str) -> BTreeSet<Node> {
+    let nodes: BTreeSet<Node> = text
+        .split_once('(')
+        .and_then(|(_, rest)| rest.strip_suffix(')'))
+        .unwrap_or_default()
+        .split(',')
+        .map(|name| name.trim().trim_matches('"').to_owned())
+        .filter(|name| !name.is_empty())
+        .collect();
+    if names(&nodes) == text { nodes } else { [format!("?{text}")].into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use service::secret::Secret;
+
+    #[test]
+    fn names_mean_all_of_them() {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        for nodes in [set(&[]), set(&["region2"]), set(&["region2", "region3"])] {
+            assert_eq!(parse_names(&names(&nodes)), nodes);
+        }
+        assert_eq!(names(&set(&["a", "b"])), "FIRST 2 (\"a\", \"b\")");
+        for other in ["FIRST 1 (\"a\", \"b\")", "ANY 1 (a)", "a", "*"] {
+            assert_eq!(parse_names(other), set(&[&format!("?{other}")]), "not ours: {other}");
+        }
+    }
+
+    #[test]
+    fn foreign_settings_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        std::fs::create_dir(&data).unwrap();
+        std::fs::write(
+            data.join("postgresql.auto.conf"),
+            "# Do not edit\nwork_mem = '1GB'\nprimary_conninfo = 'host=old'\n",
+        )
+        .unwrap();
+        let settings = RegionAgent {
+            data: data.clone(),
+            replication_password: Secret::new("p:w"),
+            account: User::from_uid(geteuid()).unwrap().unwrap().name,
+            ..RegionAgent::default()
+        };
+        let conf = Conf::new(&settings).unwrap();
+        let upstream = Upstream { host: "h".into(), port: 7 };
+        conf.write(Some(&upstream), Some("FIRST 1 (\"region2\")")).unwrap();
+        conf.write(None, None).unwrap();
+        let text = std::fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
+        assert_eq!(
+            text,
+            "# Do not edit\nwork_mem = '1GB'\nsynchronous_standby_names = 'FIRST 1 (\"region2\")'\n\
+             primary_conninfo = ''\nprimary_slot_name = 'region1'\n"
+        );
+        assert!(std::fs::read_to_string(conf.passfile()).unwrap().ends_with(":replicator:p\\:w\n"));
+        conf.mark_standby(true).unwrap();
+        assert!(conf.is_standby());
+        conf.mark_standby(false).unwrap();
+        conf.mark_standby(false).unwrap();
+        assert!(!conf.is_standby());
+    }
+}

@@ -1,0 +1,313 @@
+//! One Postgres as its parent sees it: starting, signalling, noticing its end, running the tools that rebuild it.
+//!
+//! Everything here is short; whoever wants to wait for the outcome watches [`Shared`]. The two exceptions, the tools,
+//! run in tasks of their own and end in a state like everything else.
+
+mod tools;
+
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+use tokio::process::Command;
+use tokio_util::task::TaskTracker;
+
+use crate::agent::conf::{Conf, names};
+use crate::agent::procs;
+use crate::agent::settings::RegionAgent;
+use crate::agent::shared::Shared;
+use crate::orchestrator::store;
+use crate::protocol::{Control, Node, Postmaster, Rejoin, Stop, Upstream};
+use tools::{Tools, spawn};
+
+/// What the agent must not forget.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Durable {
+    epoch: u64,
+    /// A tool has begun to rewrite the data and has not been seen to end well: it must not be started.
+    rebuilding: Option<Rejoin>,
+}
+
+/// The node.
+#[derive(Debug)]
+pub struct Postgres {
+    settings: RegionAgent,
+    conf: Conf,
+    pub shared: Arc<Shared>,
+    tasks: TaskTracker,
+    durable: Mutex<Durable>,
+    /// Of the postmaster, while it has not been reaped.
+    pid: Arc<Mutex<Option<Pid>>>,
+}
+
+impl Postgres {
+    /// # Errors
+    /// When the agent's directory or the password file cannot be written.
+    pub fn new(settings: &RegionAgent, boot: u64, tasks: TaskTracker) -> anyhow::Result<Self> {
+        std::fs::create_dir_all(&settings.state)
+            .with_context(|| format!("create {} (region_agent.state)", settings.state.display()))?;
+        let path = settings.state.join("agent.json");
+        let durable: Durable = match std::fs::read(&path) {
+            Ok(text) => {
+                serde_json::from_slice(&text).with_context(|| format!("understand {}", path.display()))?
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Durable::default(),
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        let shared = Arc::new(Shared::new(&settings.node, boot, durable.epoch));
+        Ok(Self {
+            settings: settings.clone(),
+            conf: Conf::new(settings)?,
+            shared,
+            tasks,
+            durable: Mutex::new(durable),
+            pid: Arc::default(),
+        })
+    }
+
+    /// Looks at what is there, without starting anything. An earlier agent's postmaster was told to stop by the
+    /// kernel when that agent ended; its end is awaited.
+    ///
+    /// # Errors
+    /// When a postmaster of somebody else keeps running in the data directory.
+    pub async fn inspect(&self) -> anyhow::Result<()> {
+        let deadline = tokio::time::Instant::now() + self.settings.grace;
+        while let Some(pid) = procs::inside(&self.settings.data).first() {
+            if tokio::time::Instant::now() > deadline {
+                bail!(
+                    "process {pid} runs in {}: stop it, the agent must be its parent",
+                    self.settings.data.display()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let control = self.control().await.unwrap_or_else(|error| {
+            tracing::warn!(error = format!("{error:#}"), "no usable data; a clone is needed");
+            None
+        });
+        self.shared.postmaster(Postmaster::Stopped { exit: None, clean: false, settled: true }, control);
+        Ok(())
+    }
+
+    /// # Errors
+    /// `old_epoch` when a higher one was accepted, or when it cannot be made durable.
+    pub fn accept(&self, epoch: u64) -> Result<(), Refusal> {
+        let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
+        if epoch < durable.epoch {
+            return Err(Refusal::new("old_epoch", format!("epoch {epoch} is over; {} holds", durable.epoch)));
+        }
+        if epoch > durable.epoch {
+            let next = Durable { epoch, ..durable.clone() };
+            self.save(&next)?;
+            *durable = next;
+            self.shared.change(|status| status.epoch = epoch);
+        }
+        Ok(())
+    }
+
+    fn save(&self, durable: &Durable) -> anyhow::Result<()> {
+        store::write(
+            &self.settings.state,
+            "agent.json",
+            &serde_json::to_vec(durable).context("write agent.json")?,
+        )
+    }
+
+    fn set_rebuilding(&self, rebuilding: Option<Rejoin>) -> anyhow::Result<()> {
+        let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = Durable { rebuilding, ..durable.clone() };
+        self.save(&next)?;
+        *durable = next;
+        Ok(())
+    }
+
+    /// The rebuild that began and has not ended well, if any.
+    #[must_use]
+    pub fn half_built(&self) -> Option<Rejoin> {
+        self.durable.lock().unwrap_or_else(PoisonError::into_inner).rebuilding
+    }
+
+    #[must_use]
+    pub fn conf(&self) -> &Conf {
+        &self.conf
+    }
+
+    #[must_use]
+    pub fn settings(&self) -> &RegionAgent {
+        &self.settings
+    }
+
+    /// Writes the role; a running Postgres is told. Without `wait_for`, what commits wait for stays as it is.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn configure(
+        &self,
+        upstream: Option<&Upstream>,
+        wait_for: Option<&BTreeSet<Node>>,
+    ) -> anyhow::Result<()> {
+        let names = wait_for.map(names);
+        self.conf.write(upstream, names.as_deref())?;
+        self.shared.change(|status| status.upstream = upstream.cloned());
+        if self.signal(Signal::SIGHUP) {
+            tracing::debug!(?upstream, names, "configuration written and reloaded");
+        }
+        Ok(())
+    }
+
+    /// Starts the postmaster and returns; the first sample says when it answers.
+    ///
+    /// # Errors
+    /// When it runs already, its data is half rebuilt, or something of it is still there.
+    pub async fn start(&self) -> Result<(), Refusal> {
+        if let Some(how) = self.half_built() {
+            let message = format!("a {how:?} of its data was interrupted; only a clone helps");
+            return Err(Refusal::new("half_built", message));
+        }
+        procs::sweep(&self.settings.data).await?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&self.settings.postgres_log)
+            .with_context(|| format!("open {}", self.settings.postgres_log.display()))?;
+        let mut command = self.command("postgres", "INT");
+        command.arg("-D").arg(&self.settings.data);
+        // A crashed backend ends the postmaster: what happens next is for the orchestrator to decide.
+        command.args(["-c", "restart_after_crash=off"]);
+        // What is this node's own must not be taken from a configuration that a rebuild copied from another.
+        command.args(["-c", &format!("port={}", self.settings.port)]);
+        command.args(["-c", &format!("cluster_name={}", self.settings.node)]);
+        command.stdout(log.try_clone().context("open the log twice")?).stderr(log);
+        let mut child = spawn(command).await.context("start the postmaster")?;
+        let pid = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
+        *self.pid.lock().unwrap_or_else(PoisonError::into_inner) = pid;
+        self.shared.postmaster(Postmaster::Starting, None);
+        let (shared, slot) = (self.shared.clone(), self.pid.clone());
+        let tool = self.clone_for_tools();
+        self.tasks.spawn(async move {
+            let status = child.wait().await;
+            let (clean, exit) = match &status {
+                Ok(status) => (status.success(), status.to_string()),
+                Err(error) => (false, error.to_string()),
+            };
+            let asked = shared.status().postmaster == Postmaster::Stopping;
+            if !asked {
+                tracing::error!(exit, "the postmaster ended unasked");
+            }
+            // Said at once; what its control file holds follows when its last child is gone. Under the lock, so that
+            // an order to stop that comes now cannot have the last word.
+            {
+                let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+                *slot = None;
+                shared.postmaster(Postmaster::Stopped { exit: Some(exit), clean, settled: false }, None);
+            }
+            let life = shared.life();
+            if let Err(error) = procs::sweep(&tool.settings.data).await {
+                tracing::error!(error = format!("{error:#}"), "children of the postmaster stay");
+            }
+            let control = tool
+                .control()
+                .await
+                .map_err(|error| tracing::warn!(error = format!("{error:#}"), "no control data"));
+            shared.control(life, control.ok().flatten());
+        });
+        Ok(())
+    }
+
+    /// Asks the postmaster to stop and returns; false when there is none.
+    pub fn halt(&self, how: Stop) -> bool {
+        let signal = match how {
+            Stop::Fast => Signal::SIGINT,
+            Stop::Immediate => Signal::SIGQUIT,
+        };
+        let pid = self.pid.lock().unwrap_or_else(PoisonError::into_inner);
+        if pid.is_some() {
+            self.shared.postmaster(Postmaster::Stopping, None);
+        }
+        send(*pid, signal)
+    }
+
+    /// True when there was a postmaster to signal.
+    pub fn signal(&self, signal: Signal) -> bool {
+        send(*self.pid.lock().unwrap_or_else(PoisonError::into_inner), signal)
+    }
+
+    /// Rewrites the data of a stopped node from `upstream`; the role has to be written anew afterwards.
+    ///
+    /// # Errors
+    /// When the tool fails: the data must then not be started.
+    pub async fn rebuild(&self, how: Rejoin, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
+        self.set_rebuilding(Some(how))?;
+        self.shared.postmaster(Postmaster::Rebuilding { how }, None);
+        let result = match how {
+            Rejoin::Follow => Ok(()),
+            Rejoin::Rewind => self.rewind(upstream, limit).await,
+            Rejoin::Clone => self.clone_from(upstream, limit).await,
+        };
+        if result.is_err() {
+            self.shared.postmaster(
+                Postmaster::Stopped { exit: Some(format!("{how:?} failed")), clean: false, settled: true },
+                None,
+            );
+        }
+        result
+    }
+
+    /// After the role was written: the data may be started again.
+    ///
+    /// # Errors
+    /// When it cannot be made durable.
+    pub fn rebuilt(&self) -> anyhow::Result<()> {
+        self.set_rebuilding(None)
+    }
+
+    /// What the control file of the stopped node says; none when there is no data.
+    async fn control(&self) -> anyhow::Result<Option<Control>> {
+        self.clone_for_tools().control().await
+    }
+
+    fn clone_for_tools(&self) -> Tools {
+        Tools {
+            settings: self.settings.clone(),
+            conf: self.conf.clone(),
+            shared: self.shared.clone(),
+            half_built: self.half_built().is_some(),
+        }
+    }
+
+    fn command(&self, program: &str, on_our_death: &str) -> Command {
+        tools::command(&self.settings, program, on_our_death)
+    }
+}
+
+fn send(pid: Option<Pid>, signal: Signal) -> bool {
+    let Some(pid) = pid else { return false };
+    kill(pid, signal).map_err(|error| tracing::warn!(%pid, %signal, %error, "not signalled")).is_ok()
+}
+
+/// Why an order is not carried out.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Refusal {
+    pub code: &'static str,
+    pub message: String,
+}
+
+impl Refusal {
+    #[must_use]
+    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+impl From<anyhow::Error> for Refusal {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new("failed", format!("{error:#}"))
+    }
+}

@@ -1,0 +1,149 @@
+//! Postgres' own programs: the postmaster, and the tools that read or rewrite a stopped node's data.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use nix::unistd::geteuid;
+use tokio::process::{Child, Command};
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+use super::Postgres;
+use crate::agent::conf::Conf;
+use crate::agent::settings::RegionAgent;
+use crate::agent::shared::Shared;
+use crate::protocol::{Control, Upstream};
+
+const TOOL: Duration = Duration::from_secs(10);
+
+impl Postgres {
+    pub(super) async fn rewind(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
+        let mut command = self.command("pg_rewind", "KILL");
+        command.arg("--target-pgdata").arg(&self.settings.data);
+        command.arg("--source-server").arg(format!(
+            "host={} port={} user={} dbname=postgres connect_timeout=5",
+            upstream.host, upstream.port, self.settings.replication_user
+        ));
+        self.tool("pg_rewind", command, limit).await
+    }
+
+    pub(super) async fn clone_from(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
+        let conf = self.conf.clone();
+        tokio::task::spawn_blocking(move || conf.clear()).await.context("empty the data directory")??;
+        let mut command = self.command("pg_basebackup", "KILL");
+        command.arg("--pgdata").arg(&self.settings.data);
+        command.args(["--wal-method=stream", "--checkpoint=fast", "--no-password"]);
+        command.arg("--slot").arg(&self.settings.node);
+        command.arg("--dbname").arg(format!(
+            "host={} port={} user={} connect_timeout=5",
+            upstream.host, upstream.port, self.settings.replication_user
+        ));
+        self.tool("pg_basebackup", command, limit).await
+    }
+
+    async fn tool(&self, name: &str, mut command: Command, limit: Duration) -> anyhow::Result<()> {
+        command.kill_on_drop(true);
+        command.env("PGPASSFILE", self.conf.passfile());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = spawn(command).await.with_context(|| format!("start {name}"))?;
+        let output = tokio::time::timeout(limit, child.wait_with_output())
+            .await
+            .map_err(|_| anyhow!("{name} did not end within {limit:?}"))?
+            .with_context(|| format!("run {name}"))?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let last: Vec<&str> = said.lines().rev().take(5).collect();
+        let last = last.into_iter().rev().collect::<Vec<_>>().join("; ");
+        if !output.status.success() {
+            bail!("{name} failed ({}): {last}", output.status);
+        }
+        tracing::info!(said = last, "{name} is done");
+        Ok(())
+    }
+}
+
+/// What is needed to read the control file.
+#[derive(Debug, Clone)]
+pub(super) struct Tools {
+    pub(super) settings: RegionAgent,
+    pub(super) conf: Conf,
+    pub(super) shared: Arc<Shared>,
+    pub(super) half_built: bool,
+}
+
+impl Tools {
+    pub(super) async fn control(&self) -> anyhow::Result<Option<Control>> {
+        if self.half_built || !self.settings.data.join("global/pg_control").exists() {
+            return Ok(None);
+        }
+        let mut command = command(&self.settings, "pg_controldata", "KILL");
+        command.arg("-D").arg(&self.settings.data).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = spawn(command).await.context("start pg_controldata")?;
+        let output = tokio::time::timeout(TOOL, child.wait_with_output())
+            .await
+            .map_err(|_| anyhow!("pg_controldata did not end within {TOOL:?}"))?
+            .context("run pg_controldata")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let field = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(line.trim_start_matches(':').trim().to_owned())
+        };
+        let value = |name: &str| field(name).with_context(|| format!("pg_controldata says no {name:?}"));
+        let system_id = value("Database system identifier")?;
+        let control = Control {
+            timeline: value("Latest checkpoint's TimeLineID")?
+                .parse()
+                .context("timeline of the control file")?,
+            checkpoint: value("Latest checkpoint location")?.parse()?,
+            state: value("Database cluster state")?,
+            standby: self.conf.is_standby(),
+        };
+        self.shared.change(|status| status.system_id = system_id);
+        Ok(Some(control))
+    }
+}
+
+/// A program of Postgres, as its account, that gets a signal when we end.
+pub(super) fn command(settings: &RegionAgent, program: &str, on_our_death: &str) -> Command {
+    let mut command = Command::new("setpriv");
+    command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("LC_ALL", "C.UTF-8");
+    if geteuid().is_root() {
+        let account = &settings.account;
+        command.arg(format!("--reuid={account}")).arg(format!("--regid={account}")).arg("--init-groups");
+    }
+    let program: PathBuf = settings.bin.join(program);
+    command.args(["--pdeathsig", on_our_death, "--"]).arg(program);
+    command.stdin(Stdio::null()).current_dir("/").process_group(0).kill_on_drop(false);
+    command
+}
+
+struct Job {
+    command: Command,
+    runtime: Handle,
+    reply: oneshot::Sender<std::io::Result<Child>>,
+}
+
+/// The death signal follows the thread that started the child: one thread that lives as long as we do starts them all.
+pub(super) async fn spawn(command: Command) -> anyhow::Result<Child> {
+    static SPAWNER: OnceLock<Option<SyncSender<Job>>> = OnceLock::new();
+    let spawner = SPAWNER.get_or_init(|| {
+        let (sender, jobs) = std::sync::mpsc::sync_channel::<Job>(16);
+        let thread = std::thread::Builder::new().name("spawner".into()).spawn(move || {
+            for Job { mut command, runtime, reply } in jobs {
+                let _entered = runtime.enter();
+                drop(reply.send(command.spawn()));
+            }
+        });
+        thread.ok().map(|_| sender)
+    });
+    let (reply, child) = oneshot::channel();
+    spawner
+        .as_ref()
+        .context("start the thread that starts children")?
+        .try_send(Job { command, runtime: Handle::current(), reply })
+        .map_err(|_| anyhow!("the thread that starts children is swamped"))?;
+    Ok(child.await.context("the thread that starts children is gone")??)
+}

@@ -1,0 +1,184 @@
+//! The orders that make a primary, and those to one.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{LOOK, Orders, QUERY};
+use crate::agent::local::Session;
+use crate::agent::node::Refusal;
+use crate::agent::sampler;
+use crate::lsn::Lsn;
+use crate::protocol::{Node, NodeStatus, Sample};
+
+impl Orders {
+    pub(super) async fn lead(
+        &self,
+        number: u64,
+        wait_for: &BTreeSet<Node>,
+        slots: &BTreeSet<Node>,
+        deadline: Instant,
+    ) -> Result<NodeStatus, Refusal> {
+        let mut hurdle = false;
+        {
+            let status = self.quiet(number, deadline).await?;
+            let _turn = self.turn.lock().await;
+            self.check(number, deadline)?;
+            // Turning waiting on takes effect when the checkpointer has seen it; not to be relied on while it is busy.
+            hurdle |= !wait_for.is_empty()
+                && status.sample.as_ref().is_some_and(|sample| sample.wait_for.is_empty());
+            if status.is_stopped() && status.control.is_none() {
+                return Err(Refusal::new("no_data", "there is no usable data to lead with"));
+            }
+            self.node.configure(None, Some(wait_for))?;
+            if status.is_stopped() {
+                self.node.start().await?;
+            }
+        }
+        let mut asked = false;
+        loop {
+            self.check(number, deadline)?;
+            if self.status().is_stopped() {
+                return Err(Refusal::new(
+                    "ended",
+                    format!("Postgres ended: {:?}{}", self.status().postmaster, self.log()),
+                ));
+            }
+            match self.try_lead(wait_for, hurdle, &mut asked).await {
+                Ok(Some((session, sample))) => {
+                    make_slots(&session.1, slots).await?;
+                    self.node.shared.sample(session.0, sample);
+                    self.ready.put(session);
+                    return Ok(self.status());
+                }
+                Ok(None) => {}
+                Err(error) => tracing::debug!(error = format!("{error:#}"), "not leading yet"),
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    /// One look; promotes once when it is time.
+    async fn try_lead(
+        &self,
+        wait_for: &BTreeSet<Node>,
+        hurdle: bool,
+        asked: &mut bool,
+    ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
+        let session = self.ready.take().await?;
+        let sample = session.1.sample(QUERY).await?;
+        if sample.wait_for != *wait_for {
+            self.ready.put(session);
+            return Ok(None);
+        }
+        if !sample.in_recovery {
+            return Ok(Some((session, sample)));
+        }
+        if sample.replay_paused {
+            session.1.run("SELECT pg_wal_replay_resume()", QUERY).await?;
+        }
+        if !*asked {
+            if hurdle {
+                session.1.run("CHECKPOINT", Duration::from_secs(60)).await?;
+            }
+            session.1.run("SELECT pg_promote(false)", QUERY).await?;
+            *asked = true;
+        }
+        self.ready.put(session);
+        Ok(None)
+    }
+
+    pub(super) async fn wait_for(
+        &self,
+        number: u64,
+        nodes: &BTreeSet<Node>,
+        deadline: Instant,
+    ) -> Result<NodeStatus, Refusal> {
+        let status = self.quiet(number, deadline).await?;
+        {
+            let _turn = self.turn.lock().await;
+            self.check(number, deadline)?;
+            if !status.is_writable() {
+                return Err(Refusal::new("not_primary", "it is not writable"));
+            }
+            self.node.configure(None, Some(nodes))?;
+        }
+        loop {
+            self.check(number, deadline)?;
+            if self.look().await.is_ok_and(|sample| sample.wait_for == *nodes) {
+                return Ok(self.status());
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    pub(super) async fn checkpoint(&self, deadline: Instant) -> Result<NodeStatus, Refusal> {
+        let session = self.local.open().await?;
+        session.run("CHECKPOINT", deadline.saturating_duration_since(Instant::now())).await?;
+        Ok(self.status())
+    }
+
+    /// The checkpointer is the process that switches waiting on for all others; a checkpoint asked for after the
+    /// reload was seen passes through it. What was acknowledged before has to be on the standby: its flushed position
+    /// passes the primary's of after the checkpoint. What comes later waits.
+    pub(super) async fn confirm_sync(&self, standby: &str, deadline: Instant) -> Result<NodeStatus, Refusal> {
+        let session = self.local.open().await?;
+        let waits = |sample: &Sample| !sample.in_recovery && sample.wait_for.contains(standby);
+        let before = session.sample(QUERY).await?;
+        if !waits(&before) {
+            return Err(Refusal::new("not_waited_for", format!("commits do not wait for {standby}")));
+        }
+        session.run("CHECKPOINT", deadline.saturating_duration_since(Instant::now())).await?;
+        let mut mark: Option<Lsn> = None;
+        loop {
+            let sample = session.sample(QUERY).await?;
+            if sample.wait_for != before.wait_for || sample.in_recovery {
+                return Err(Refusal::new("superseded", "what commits wait for has changed"));
+            }
+            let target = *mark.get_or_insert(sample.lsn);
+            let found = sample.standbys.iter().find(|attached| attached.node == standby);
+            let Some(found) = found.filter(|found| found.streaming && found.sync) else {
+                return Err(Refusal::new("not_sync", format!("{standby} is not attached as synchronous")));
+            };
+            if found.flushed >= target {
+                return Ok(self.status());
+            }
+            if Instant::now() >= deadline {
+                return Err(Refusal::new(
+                    "timeout",
+                    format!("{standby} has {}, not {target}", found.flushed),
+                ));
+            }
+            sleep(LOOK).await;
+        }
+    }
+
+    pub(super) async fn mark(&self, epoch: u64, deadline: Instant) -> Result<NodeStatus, Refusal> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let (life, session) = self.ready.take().await?;
+        sampler::prepare(&session, &self.node.settings().replication_user, left()).await?;
+        let epoch = i64::try_from(epoch).unwrap_or(i64::MAX);
+        let sql = "WITH e AS (INSERT INTO tier0_failover.epoch (epoch, node) VALUES ($1, $2) ON CONFLICT DO NOTHING) \
+                   UPDATE tier0_failover.marker SET number = number + 1 RETURNING number";
+        let row = timeout(left(), session.client.query_one(sql, &[&epoch, &self.node.settings().node]))
+            .await
+            .map_err(|_| Refusal::new("timeout", "the commit was not acknowledged in time"))?
+            .context("commit the epoch")?;
+        sampler::acknowledge(&self.node.shared, row.try_get(0).context("read the marker")?);
+        self.ready.put((life, session));
+        Ok(self.status())
+    }
+}
+
+async fn make_slots(session: &Session, slots: &BTreeSet<Node>) -> anyhow::Result<()> {
+    let slots: Vec<&str> = slots.iter().map(String::as_str).collect();
+    let sql = "SELECT pg_create_physical_replication_slot(name, true) FROM unnest($1::text[]) AS name \
+               WHERE name NOT IN (SELECT slot_name FROM pg_replication_slots)";
+    timeout(QUERY, session.client.query(sql, &[&slots]))
+        .await
+        .map_err(|_| anyhow!("the slots were not made in time"))?
+        .context("make the slots")?;
+    Ok(())
+}

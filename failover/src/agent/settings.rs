@@ -1,0 +1,106 @@
+//! Section `[region_agent]`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use service::http::HttpSettings;
+use service::logs::LogSettings;
+use service::secret::Secret;
+use service::settings::Settings;
+
+use crate::token;
+
+/// What `region-agent` reads.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AgentSettings {
+    pub log: LogSettings,
+    pub http: HttpSettings,
+    pub region_agent: RegionAgent,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RegionAgent {
+    /// Name of this node: its region, its slot, its `application_name`.
+    pub node: String,
+    /// Data directory of Postgres. Belongs to `account`.
+    pub data: PathBuf,
+    /// Directory of the agent's own, beside the data: what must survive a rebuild of it.
+    pub state: PathBuf,
+    /// Directory of Postgres' programs.
+    pub bin: PathBuf,
+    /// Where the postmaster's standard error goes.
+    pub postgres_log: PathBuf,
+    /// Whom Postgres runs as when the agent is root; ignored otherwise.
+    pub account: String,
+    /// Address and port the agent reaches its Postgres at.
+    pub host: String,
+    pub port: u16,
+    /// A superuser of this Postgres.
+    pub user: String,
+    pub password: Secret,
+    /// The role that streams WAL, and by which `pg_rewind` reads.
+    pub replication_user: String,
+    pub replication_password: Secret,
+    /// What the orchestrator shows with each request. At least 16 characters; no default.
+    pub token: Secret,
+    /// How often Postgres is asked how it is.
+    #[serde(with = "humantime_serde")]
+    pub sample_every: Duration,
+    /// How often the primary commits a marker, by which a loss would be seen.
+    #[serde(with = "humantime_serde")]
+    pub mark_every: Duration,
+    /// Longest fast stop when the agent is asked to end.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for RegionAgent {
+    fn default() -> Self {
+        Self {
+            node: "region1".into(),
+            data: "/var/lib/tier0/region1".into(),
+            state: "/var/lib/tier0/region1-agent".into(),
+            bin: "/usr/lib/postgresql/15/bin".into(),
+            postgres_log: "/var/log/tier0/region1.log".into(),
+            account: "postgres".into(),
+            host: "127.0.0.1".into(),
+            port: 5432,
+            user: "postgres".into(),
+            password: Secret::default(),
+            replication_user: "replicator".into(),
+            replication_password: Secret::default(),
+            token: Secret::default(),
+            sample_every: Duration::from_millis(50),
+            mark_every: Duration::from_millis(250),
+            grace: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Settings for AgentSettings {
+    const SECTIONS: &'static [&'static str] = &["log", "http", "region_agent"];
+
+    fn check(&self) -> Result<(), String> {
+        self.log.check()?;
+        let agent = &self.region_agent;
+        token::check("region_agent.token", &agent.token)?;
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if agent.node.is_empty() || agent.node.len() > 60 || !agent.node.chars().all(plain) {
+            return Err("region_agent.node must be lower-case letters, digits and _ (it names a slot)".into());
+        }
+        for (key, value) in
+            [("password", &agent.password), ("replication_password", &agent.replication_password)]
+        {
+            if value.is_empty() {
+                return Err(format!("region_agent.{key} must be set"));
+            }
+        }
+        if agent.sample_every.is_zero() || agent.mark_every.is_zero() {
+            return Err("region_agent.sample_every and mark_every must be above 0".into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,123 @@
+//! `failover-orchestrator`: decides who is primary, and makes it so.
+
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context;
+use clap::Parser;
+use failover::history::History;
+use failover::orchestrator::api::{self, Api, Bucket};
+use failover::orchestrator::engine::Engine;
+use failover::orchestrator::metrics::Metrics;
+use failover::orchestrator::probe::Probe;
+use failover::orchestrator::redis::{self, Redis};
+use failover::orchestrator::remote::Remote;
+use failover::orchestrator::settings::OrchestratorSettings;
+use failover::orchestrator::store::Store;
+use failover::orchestrator::watch::{self, Watched};
+use service::health::Health;
+use service::process::Process;
+use service::settings::SettingsArgs;
+use service::{http, process};
+
+/// Watches the regions' Postgres through their agents, fails over when the primary is gone, and serves the API on
+/// port 8003. Writers do not need it to be alive.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "Examples:
+  TIER0__ORCHESTRATOR__TOKEN_FILE=/run/secrets/failover TIER0__ORCHESTRATOR__AGENT_TOKEN_FILE=/run/secrets/agents \\
+  failover-orchestrator --config config/tier0.toml
+  curl -H \"Authorization: Bearer $TOKEN\" -X POST 'http://127.0.0.1:8003/failover/region2?dry_run=true'
+  failover-orchestrator --print-config
+
+A second one on the same directory refuses to start. kill -9 at any moment is harmless: a failover under way is finished
+or undone at the next start. Exit status: 0 ended when asked, 1 failed, 78 bad settings."
+)]
+struct Args {
+    #[command(flatten)]
+    settings: SettingsArgs,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    process::main(&args.settings, |settings: &OrchestratorSettings| &settings.log, run)
+}
+
+async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
+    if settings.http.port == 0 {
+        settings.http.port = 8003;
+    }
+    let own = settings.orchestrator;
+    // The lock first: whoever does not get it must not even look as if it were serving.
+    let store = Store::open(&own.dir)?;
+    let history = Arc::new(Mutex::new(History::open(&own.dir)?));
+    let registry = http::registry()?;
+    let metrics = Metrics::new(&registry)?;
+    let health = Health::default();
+    let mut process = Process::default();
+    let listener = http::bind(&settings.http).await?;
+    let addresses = own.addresses().map_err(anyhow::Error::msg)?;
+    let rules = own.rules().map_err(anyhow::Error::msg)?;
+    let watched = Arc::new(Watched::new(addresses.keys()));
+    let remote = Arc::new(Remote::new(addresses.clone(), own.agent_token.clone(), store, watched.clone())?);
+    let redis = Redis::new(&settings.redis)?;
+    let shutdown = process.shutdown();
+    for (node, address) in addresses {
+        let seconds = metrics.probe.with_label_values(&[node.as_str()]);
+        let probe = Probe {
+            node: node.clone(),
+            address: address.postgres,
+            user: own.monitor_user.clone(),
+            password: own.monitor_password.clone(),
+            every: own.probe_every,
+            watched: watched.clone(),
+            seconds,
+        };
+        let probing = probe.run(shutdown.clone());
+        process.start(format!("probe-{node}"), async {
+            probing.await;
+            Ok(())
+        });
+        let watching = watch::agent(node.clone(), remote.clone(), own.heartbeat, shutdown.clone());
+        process.start(format!("watch-{node}"), async {
+            watching.await;
+            Ok(())
+        });
+    }
+    let (seen_redis, redis_report) = tokio::sync::watch::channel(redis::unseen(redis.is_some()));
+    if let Some(redis) = redis.clone() {
+        let watching = redis::watch(redis, seen_redis, metrics.redis_up.clone(), shutdown.clone());
+        process.start("watch-redis", async {
+            watching.await;
+            Ok(())
+        });
+    }
+    let (asked, questions) = tokio::sync::mpsc::channel(8);
+    let engine = Engine {
+        remote: remote.clone(),
+        history: history.clone(),
+        rules: rules.clone(),
+        first_primary: own.first_primary.clone(),
+        redis,
+        metrics: metrics.clone(),
+        asked: questions,
+        ready: health.dependency("primary"),
+    };
+    process.start("engine", async move { engine.run(shutdown).await.context("the engine stopped") });
+    let api = Api {
+        remote,
+        history,
+        rules,
+        token: own.token,
+        asked,
+        redis: redis_report,
+        metrics,
+        under_way: AtomicBool::new(false),
+        places: api::places(),
+        bucket: Bucket::new(own.max_requests_per_minute),
+    };
+    process.serve(listener, http::routes(registry, health).merge(api::routes(Arc::new(api))));
+    process.run(own.grace).await
+}

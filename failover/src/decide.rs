@@ -1,0 +1,217 @@
+//! What to do next, as a pure function of what is durable and what was seen.
+//!
+//! Level-triggered: it compares the state that should be with what is, so that it does not matter which orders were
+//! lost and how often we died in between. It never names a target outside the sync set.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::protocol::{Node, Postmaster, Rejoin, Upstream};
+use crate::state::{Copies, Mode, State};
+use crate::view::{Condition, Policy, Seen, View};
+
+/// The next thing to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    Nothing,
+    /// A journaled operation comes before everything else.
+    Resume,
+    /// Unplanned failover.
+    FailOver {
+        target: Node,
+        reason: String,
+    },
+    /// Make the primary of record writable: start it where it is, or promote it.
+    Lead {
+        node: Node,
+        reason: String,
+    },
+    /// A node that is writable and is not the primary.
+    HaltStray {
+        node: Node,
+    },
+    /// Tell the primary which standbys to wait for.
+    WaitFor,
+    /// Give a standby up, durably.
+    Shrink {
+        node: Node,
+    },
+    /// Wait for a standby from now on, durably.
+    Widen {
+        node: Node,
+    },
+    /// Have the primary confirm a standby, then count it as in sync, durably.
+    Confirm {
+        node: Node,
+    },
+    /// Bring a standby back.
+    Rejoin {
+        node: Node,
+        how: Rejoin,
+    },
+}
+
+/// What `decide` needs beside state and view.
+#[derive(Debug, Clone)]
+pub struct Rules {
+    pub policy: Policy,
+    pub copies: Copies,
+    /// Where each node's Postgres is.
+    pub addresses: BTreeMap<Node, Upstream>,
+}
+
+impl Rules {
+    /// Whether a promoted standby will have to wait for somebody from its first commit on.
+    #[must_use]
+    pub fn guards(&self) -> bool {
+        self.copies == Copies::TwoCopies || self.addresses.len() > 2
+    }
+}
+
+/// The most urgent thing to do. Nodes with an order under way are left alone.
+#[must_use]
+pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
+    let policy = &rules.policy;
+    if state.operation.is_some() {
+        return Action::Resume;
+    }
+    let idle = |node: &str| view.node(node).is_some_and(|seen| !seen.busy && now >= seen.not_before);
+    for (node, seen) in &view.nodes {
+        let writable = seen.fresh(now, policy).is_some_and(crate::protocol::NodeStatus::is_writable);
+        if *node != state.primary && writable && idle(node) {
+            return Action::HaltStray { node: node.clone() };
+        }
+    }
+    if state.mode == Mode::Paused {
+        return Action::Nothing;
+    }
+    let primary = &state.primary;
+    let reason = match view.condition(primary, now, policy) {
+        Condition::Alive => return upkeep(state, view, rules, now),
+        Condition::Uncertain(_) => return revive(state, view, rules, now),
+        Condition::Standby if idle(primary) => {
+            return Action::Lead {
+                node: primary.clone(),
+                reason: "the primary of record is a standby".into(),
+            };
+        }
+        Condition::Standby => return Action::Nothing,
+        Condition::Gone => exit_reason(view, primary),
+        Condition::Lost => format!("{primary} is not reachable and no standby streams from it"),
+    };
+    match view.candidates(&state.sync_set, &state.system_id, now, policy).first() {
+        Some(target) => Action::FailOver { target: (*target).clone(), reason },
+        // We have only just started: a standby in sync that will be heard in a moment is quicker than crash recovery.
+        None if now < policy.agent_silence && state.sync_set.iter().any(|node| view.is_unheard(node)) => {
+            Action::Nothing
+        }
+        // Nobody else has everything. If its machine is there, its own data is what is safe.
+        None if view.condition(primary, now, policy) == Condition::Gone && idle(primary) => {
+            Action::Lead { node: primary.clone(), reason: format!("{reason}; no standby is in sync") }
+        }
+        None => revive(state, view, rules, now),
+    }
+}
+
+/// Without a primary, a stopped standby is started all the same: what it has can then be seen, and promoted when an
+/// operator says so. Nothing is rewritten, since there is nothing to copy from.
+fn revive(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
+    let stopped = view.nodes.iter().find(|(node, seen)| {
+        **node != state.primary
+            && !seen.busy
+            && now >= seen.not_before
+            && seen.fresh(now, &rules.policy).is_some_and(|status| {
+                matches!(status.postmaster, Postmaster::Stopped { settled: true, .. })
+                    && status.control.as_ref().is_some_and(|control| control.standby)
+            })
+    });
+    match stopped {
+        Some((node, _)) => Action::Rejoin { node: node.clone(), how: Rejoin::Follow },
+        None => Action::Nothing,
+    }
+}
+
+fn exit_reason(view: &View, primary: &str) -> String {
+    match view.node(primary).and_then(|seen| seen.status.as_ref()).map(|status| &status.postmaster) {
+        Some(Postmaster::Stopped { exit: Some(exit), .. }) => {
+            format!("postmaster of {primary} ended: {exit}")
+        }
+        _ => format!("postmaster of {primary} is not running"),
+    }
+}
+
+/// The primary lives: keep the sync set true and as large as it can be.
+fn upkeep(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
+    let policy = &rules.policy;
+    let primary = &state.primary;
+    let Some(seen) = view.node(primary).filter(|seen| !seen.busy && now >= seen.not_before) else {
+        return rejoin(state, view, rules, now);
+    };
+    let Some(sample) = seen.sample(now, policy) else { return Action::Nothing };
+    if sample.wait_for != state.wait_for {
+        return Action::WaitFor;
+    }
+    for node in &state.wait_for {
+        let absent = view.node(node).is_none_or(|seen| {
+            seen.absent_since.is_some_and(|since| now.saturating_sub(since) >= policy.degrade_after)
+        });
+        // With two copies wanted, the last one is waited for, however long.
+        if absent && (rules.copies == Copies::Available || state.wait_for.len() > 1) {
+            return Action::Shrink { node: node.clone() };
+        }
+    }
+    for standby in sample.standbys.iter().filter(|standby| standby.streaming) {
+        let node = &standby.node;
+        if !view.nodes.contains_key(node) || node == primary {
+            continue;
+        }
+        if !state.wait_for.contains(node) && sample.lsn.since(standby.flushed) <= policy.max_lag_bytes {
+            return Action::Widen { node: node.clone() };
+        }
+        if state.wait_for.contains(node) && !state.sync_set.contains(node) && standby.sync {
+            return Action::Confirm { node: node.clone() };
+        }
+    }
+    rejoin(state, view, rules, now)
+}
+
+/// Standbys that run no more or do not stream from the primary.
+fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
+    let Some(upstream) = rules.addresses.get(&state.primary) else { return Action::Nothing };
+    for (node, seen) in &view.nodes {
+        if *node == state.primary || seen.busy || now < seen.not_before {
+            continue;
+        }
+        if let Some(how) = way_back(seen, upstream, now, &rules.policy) {
+            return Action::Rejoin { node: node.clone(), how };
+        }
+    }
+    Action::Nothing
+}
+
+/// How a standby comes back, or `None` when it needs no help.
+fn way_back(seen: &Seen, upstream: &Upstream, now: Duration, policy: &Policy) -> Option<Rejoin> {
+    let status = seen.fresh(now, policy)?;
+    let first = match &status.postmaster {
+        Postmaster::Starting | Postmaster::Stopping | Postmaster::Rebuilding { .. } => return None,
+        Postmaster::Running => {
+            let waited =
+                seen.absent_since.is_some_and(|since| now.saturating_sub(since) >= policy.rejoin_after);
+            if seen.streams_from(upstream) {
+                return None;
+            }
+            if status.upstream.as_ref() == Some(upstream) && !waited {
+                return None;
+            }
+            Rejoin::Follow
+        }
+        Postmaster::Stopped { settled: false, .. } => return None,
+        Postmaster::Stopped { .. } => match &status.control {
+            // A primary that crashed has WAL of its own, most likely.
+            Some(control) if !control.standby && control.state != "shut down" => Rejoin::Rewind,
+            Some(_) => Rejoin::Follow,
+            None => Rejoin::Clone,
+        },
+    };
+    Some(seen.failed.map_or(first, |failed| first.max(failed.next())))
+}

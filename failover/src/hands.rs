@@ -1,0 +1,42 @@
+//! What an operation needs of the world. The real cluster implements it over HTTP, the property tests simulate it.
+
+use std::future::Future;
+use std::time::Duration;
+
+use crate::protocol::{Node, NodeStatus, Order};
+use crate::state::State;
+
+/// Why an order was not carried out.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OrderError {
+    /// Nobody listens there: the agent is gone.
+    #[error("the agent of {0} is not there (connection refused)")]
+    Gone(Node),
+    /// No answer: it may have been carried out, or still will be.
+    #[error("the agent of {node} did not answer: {reason}")]
+    Silent { node: Node, reason: String },
+    /// The agent answered that it did not.
+    #[error("{node}: {message}")]
+    Refused { node: Node, code: String, message: String },
+}
+
+/// Orders to nodes, and the one place where state survives.
+pub trait Hands: Send + Sync {
+    /// Carries out one order within `limit` and answers with the node's status after it.
+    fn order(
+        &self,
+        node: &str,
+        epoch: u64,
+        order: Order,
+        limit: Duration,
+    ) -> impl Future<Output = Result<NodeStatus, OrderError>> + Send;
+
+    /// Makes `state` durable; returns when it would survive a power failure.
+    ///
+    /// # Errors
+    /// When it cannot be written; nothing may be done then that relies on it.
+    fn save(&self, state: &State) -> anyhow::Result<()>;
+
+    /// Called after each step that was made durable. Tests end the process here.
+    fn passed(&self, step: &str);
+}

@@ -1,0 +1,277 @@
+//! How each step of an operation is carried out, and how one is undone.
+//!
+//! A step may be repeated after a crash: every order names the state to reach.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use futures_util::future::{Either, join_all, select};
+use tokio::time::Instant;
+
+use super::{Kind, Operation, Step};
+use crate::hands::{Hands, OrderError};
+use crate::lsn::Lsn;
+use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop, millis};
+use crate::state::State;
+
+/// An answer that must come at once: to detach, to promote.
+const SWIFT: Duration = Duration::from_secs(3);
+/// A checkpoint ahead of a planned stop, which nobody waits for.
+const CHECKPOINT: Duration = Duration::from_secs(120);
+/// A fast stop: writers wait from here on. Longer, and the old primary is better left in charge.
+const STOP: Duration = Duration::from_secs(10);
+/// To bring the decided target into office.
+const PROMOTE: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_millis(20);
+
+pub(super) async fn carry_out<H: Hands>(
+    hands: &H,
+    state: &State,
+    operation: &mut Operation,
+    step: Step,
+) -> Result<String, String> {
+    let epoch = state.epoch;
+    match step {
+        Step::Journal => Ok(String::new()),
+        Step::Prepare => {
+            // The first writes what has gathered, the second what came meanwhile, so that the stop's own is short.
+            for _ in 0..2 {
+                hands.order(&operation.source, epoch, Order::Checkpoint, CHECKPOINT).await.map_err(text)?;
+            }
+            Ok(format!("checkpoint on {}", operation.source))
+        }
+        Step::Fence if operation.kind == Kind::Planned => stop_source(hands, epoch, operation).await,
+        Step::Fence => fence(hands, epoch, operation).await,
+        Step::Decide => Ok(format!("{} is the primary of record", operation.target)),
+        Step::Promote => promote(hands, epoch, operation).await,
+        Step::Repoint => repoint(hands, epoch, operation).await,
+        Step::Mark => {
+            let order = || Order::Mark { epoch: operation.epoch };
+            let status = insist(hands, &operation.target, epoch, order).await?;
+            operation.marker_after = status.marker;
+            Ok(format!("a row with epoch {} is committed on {}", operation.epoch, operation.target))
+        }
+        Step::Validate => validate(hands, epoch, operation).await,
+    }
+}
+
+fn text(error: OrderError) -> String {
+    error.to_string()
+}
+
+/// Planned: a fast stop with the target attached. What it wrote last is the shutdown checkpoint; the target must have it.
+async fn stop_source<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+    let source = operation.source.clone();
+    let status = hands.order(&source, epoch, Order::Halt { how: Stop::Fast }, STOP).await.map_err(text)?;
+    let control = status.control.filter(|control| control.state == "shut down" && !control.standby);
+    let Some(control) = control else { return Err(format!("{source} did not shut down cleanly")) };
+    operation.source_lsn = Some(control.checkpoint);
+    operation.timeline_before = control.timeline;
+    operation.marker_before = operation.marker_before.max(status.marker);
+    let target = operation.target.clone();
+    let status = hands.order(&target, epoch, Order::Detach, SWIFT).await.map_err(text)?;
+    let received = received(&status).ok_or_else(|| format!("{target} does not run"))?;
+    operation.target_lsn = Some(received);
+    if received <= control.checkpoint {
+        return Err(format!(
+            "{target} has {received}, which is not past the last record of {source} at {}",
+            control.checkpoint
+        ));
+    }
+    Ok(format!("{source} is shut down at {}, {target} has everything up to {received}", control.checkpoint))
+}
+
+/// Unplanned: detach whoever the source could wait for. One member of the sync set is enough.
+async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+    let forced = operation.kind == Kind::Forced;
+    let halt = hands.order(&operation.source, epoch, Order::Halt { how: Stop::Immediate }, SWIFT);
+    let detach = join_all(
+        operation
+            .standbys
+            .iter()
+            .map(|node| async move { (node.clone(), hands.order(node, epoch, Order::Detach, SWIFT).await) }),
+    );
+    // The source is asked to stop too, and not waited for: its standbys' word is enough.
+    let (detached, halted) = match select(Box::pin(detach), Box::pin(halt)).await {
+        Either::Left((detached, halt)) if forced => (detached, Some(halt.await)),
+        Either::Left((detached, _)) => (detached, None),
+        Either::Right((halted, detach)) => (detach.await, Some(halted)),
+    };
+    let stopped = halted.is_some_and(|halted| halted.is_ok_and(|status| status.is_stopped()));
+    let mut reached = BTreeMap::new();
+    let mut problems = Vec::new();
+    for (node, answer) in detached {
+        match answer {
+            Ok(status) => match received(&status) {
+                Some(lsn) => drop(reached.insert(node, lsn)),
+                None => problems.push(format!("{node} does not run")),
+            },
+            Err(error) => problems.push(error.to_string()),
+        }
+    }
+    let best = reached
+        .iter()
+        .filter(|(node, _)| operation.sync_set_before.contains(*node))
+        .max_by_key(|(node, lsn)| (**node == operation.target, **lsn));
+    match (best, forced) {
+        (Some((node, lsn)), false) => {
+            operation.target_lsn = Some(*lsn);
+            if *node != operation.target && operation.wait_for_after.remove(node) {
+                operation.wait_for_after.insert(operation.target.clone());
+            }
+            operation.target.clone_from(node);
+        }
+        (None, false) => {
+            return Err(format!("no member of the sync set could be detached: {}", problems.join("; ")));
+        }
+        (_, true) => match reached.get(&operation.target) {
+            Some(lsn) => operation.target_lsn = Some(*lsn),
+            None => {
+                return Err(format!("{} could not be detached: {}", operation.target, problems.join("; ")));
+            }
+        },
+    }
+    let held = if stopped {
+        format!("{} is stopped", operation.source)
+    } else if best.is_some() {
+        format!("{} can acknowledge nothing: its standby is detached", operation.source)
+    } else {
+        format!(
+            "{} could not be reached and was waiting for nobody: IT MAY STILL ACKNOWLEDGE",
+            operation.source
+        )
+    };
+    Ok(format!("{held}; {} has {}", operation.target, operation.target_lsn.unwrap_or_default()))
+}
+
+async fn promote<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+    let target = operation.target.clone();
+    let slots: BTreeSet<Node> = operation.addresses.keys().filter(|node| **node != target).cloned().collect();
+    let wait_for = operation.wait_for_after.clone();
+    let order = || Order::Lead { wait_for: wait_for.clone(), slots: slots.clone() };
+    let status = insist(hands, &target, epoch, order).await?;
+    let sample = status.sample.as_ref().filter(|_| status.is_writable());
+    let Some(sample) = sample else { return Err(format!("{target} is not writable after its promotion")) };
+    operation.timeline_after = sample.timeline;
+    if sample.timeline <= operation.timeline_before {
+        return Err(format!(
+            "{target} is on timeline {}, not above {}",
+            sample.timeline, operation.timeline_before
+        ));
+    }
+    Ok(format!("{target} is writable on timeline {}", sample.timeline))
+}
+
+/// Others, and in a planned operation the old primary, become standbys of the target. What does not succeed at once is
+/// left to the upkeep, which has better means.
+async fn repoint<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+    let Some(upstream) = operation.addresses.get(&operation.target) else {
+        return Err(format!("the address of {} is not known", operation.target));
+    };
+    let planned = (operation.kind == Kind::Planned).then_some(&operation.source);
+    let nodes = operation.standbys.iter().filter(|node| **node != operation.target).chain(planned);
+    let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
+    let answers = join_all(nodes.map(|node| {
+        let order = order.clone();
+        async move { (node, hands.order(node, epoch, order, SWIFT).await) }
+    }))
+    .await;
+    let details: Vec<String> = answers
+        .into_iter()
+        .map(|(node, answer)| match answer {
+            Ok(_) => format!("{node} streams from {}", operation.target),
+            Err(error) => format!("{node} will be brought back by the upkeep ({error})"),
+        })
+        .collect();
+    Ok(if details.is_empty() {
+        format!("{} will rejoin by itself", operation.source)
+    } else {
+        details.join("; ")
+    })
+}
+
+async fn validate<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+    let order = || Order::Lead {
+        wait_for: operation.wait_for_after.clone(),
+        slots: operation.addresses.keys().filter(|node| **node != operation.target).cloned().collect(),
+    };
+    // Leading already, it only answers.
+    let status = insist(hands, &operation.target, epoch, order).await?;
+    if !status.is_writable() {
+        return Err(format!("{} is not writable", operation.target));
+    }
+    let marker = status.marker.max(operation.marker_after);
+    operation.marker_after = marker;
+    if operation.kind != Kind::Forced && marker < operation.marker_before {
+        return Err(format!(
+            "marker {marker} is on {}, but {} was acknowledged by {}",
+            operation.target, operation.marker_before, operation.source
+        ));
+    }
+    Ok(format!(
+        "{} is writable, marker {marker} (acknowledged before: {})",
+        operation.target, operation.marker_before
+    ))
+}
+
+/// After the decision there is nobody else: try until it works or the time is up.
+async fn insist<H: Hands>(
+    hands: &H,
+    node: &str,
+    epoch: u64,
+    order: impl Fn() -> Order,
+) -> Result<NodeStatus, String> {
+    let deadline = Instant::now() + PROMOTE;
+    loop {
+        match hands.order(node, epoch, order(), SWIFT).await {
+            Ok(status) => return Ok(status),
+            Err(error) if Instant::now() >= deadline => {
+                return Err(format!("{error} (tried for {} ms)", millis(PROMOTE)));
+            }
+            Err(error) => tracing::warn!(%error, "tried again"),
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Before the decision: back to where it was. The epoch grows, so that an order of ours still on its way is refused.
+pub(super) async fn undo<H: Hands>(
+    hands: &H,
+    state: &mut State,
+    operation: &mut Operation,
+) -> anyhow::Result<String> {
+    let started = Instant::now();
+    state.epoch += 1;
+    state.operation = Some(operation.clone());
+    hands.save(state)?;
+    let planned = operation.kind == Kind::Planned;
+    if !planned || operation.completed < Step::Prepare && operation.steps.len() < 2 {
+        let detail = "nothing was changed that the upkeep does not put back".to_owned();
+        operation.record("undo", started, "rolled_back", detail.clone());
+        return Ok(detail);
+    }
+    let lead = Order::Lead {
+        wait_for: state.wait_for.clone(),
+        slots: operation.addresses.keys().filter(|node| **node != operation.source).cloned().collect(),
+    };
+    let mut details = Vec::new();
+    match hands.order(&operation.source, state.epoch, lead, STOP).await {
+        Ok(_) => details.push(format!("{} is the writable primary again", operation.source)),
+        Err(error) => details.push(format!("{} is to be started by the upkeep ({error})", operation.source)),
+    }
+    if let Some(upstream) = operation.addresses.get(&operation.source) {
+        let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
+        match hands.order(&operation.target, state.epoch, order, SWIFT).await {
+            Ok(_) => details.push(format!("{} streams from it", operation.target)),
+            Err(error) => {
+                details.push(format!("{} is to be brought back by the upkeep ({error})", operation.target))
+            }
+        }
+    }
+    operation.record("undo", started, "rolled_back", details.join("; "));
+    Ok(details.join("; "))
+}
+
+fn received(status: &NodeStatus) -> Option<Lsn> {
+    status.sample.as_ref().filter(|sample| sample.in_recovery).map(|sample| sample.lsn)
+}

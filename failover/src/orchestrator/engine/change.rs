@@ -1,0 +1,166 @@
+//! A change of the primary from question to history, and Redis beside it.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::sync::PoisonError;
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+
+use super::Engine;
+use crate::hands::Hands;
+use crate::history::Entry;
+use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord};
+use crate::orchestrator::checks::{self, Question};
+use crate::protocol::Node;
+use crate::state::State;
+
+impl Engine {
+    #[allow(clippy::too_many_arguments, reason = "each is a fact of the change that only the caller knows")]
+    pub(super) async fn change(
+        &mut self,
+        state: &mut State,
+        question: &Question,
+        kind: Kind,
+        id: String,
+        actor: String,
+        reason: String,
+        bytes_at_risk: u64,
+    ) -> anyhow::Result<Entry> {
+        let since = Instant::now();
+        let watched = &self.remote.watched;
+        let (view, now) = (watched.view(), watched.now());
+        let source = view.node(&state.primary).and_then(|seen| seen.status.as_ref());
+        // The source may be silent by now; its standbys are on its timeline.
+        let statuses = view.nodes.values().filter_map(|seen| seen.status.as_ref());
+        let timeline = statuses
+            .flat_map(|status| {
+                let sampled = status.sample.as_ref().map(|sample| sample.timeline);
+                [sampled, status.control.as_ref().map(|control| control.timeline)]
+            })
+            .flatten()
+            .max();
+        let standbys: BTreeSet<Node> = view
+            .nodes
+            .iter()
+            .filter(|(node, seen)| **node != state.primary && seen.is_heard(now, &self.rules.policy))
+            .map(|(node, _)| node.clone())
+            .collect();
+        let request = Request {
+            id,
+            kind,
+            target: question.target.clone(),
+            actor,
+            reason,
+            started_at: Timestamp::now(),
+            wait_for: checks::wait_for_after(&question.target, state, &view, &self.rules, now),
+            standbys,
+            addresses: self.rules.addresses.clone(),
+            timeline: timeline.unwrap_or(0),
+            marker: source.map_or(0, |status| status.marker),
+            bytes_at_risk,
+            guard: self.rules.guards(),
+        };
+        self.remote.passed.send_replace(String::new());
+        let remote = self.remote.clone();
+        let run = operation::begin(&*remote, state, request, since);
+        let (outcome, redis) = self.beside_redis(run, &question.target).await;
+        let (operation, failure) = outcome?;
+        self.close(state, operation, failure, redis)
+    }
+
+    /// Moves Redis as soon as the decision is durable, beside everything that follows it.
+    pub(super) async fn beside_redis<T>(
+        &self,
+        run: impl Future<Output = anyhow::Result<T>>,
+        target: &str,
+    ) -> (anyhow::Result<T>, Option<StepRecord>) {
+        let mut passed = self.remote.passed.subscribe();
+        let redis = async {
+            let redis = self.redis.as_ref()?;
+            passed
+                .wait_for(|step| !matches!(step.as_str(), "" | "journal" | "prepare" | "fence"))
+                .await
+                .ok()?;
+            let started = Instant::now();
+            let (status, detail) = match redis.follow(target).await {
+                Ok(moved) => match moved.is_master.zip(moved.sentinel_agrees) {
+                    Some((master, agrees)) => (
+                        "done",
+                        format!(
+                            "Redis of {} is master after {} ms, Sentinel says so after {} ms",
+                            moved.to,
+                            master.as_millis(),
+                            agrees.as_millis()
+                        ),
+                    ),
+                    None => ("done", format!("Redis of {} is master already", moved.to)),
+                },
+                Err(error) => ("failed", format!("{error:#}")),
+            };
+            let duration_ms = started.elapsed().as_secs_f64() * 1000.0;
+            Some(StepRecord { number: 0, action: "redis".into(), duration_ms, status: status.into(), detail })
+        };
+        tokio::pin!(redis);
+        tokio::pin!(run);
+        let mut moved = None;
+        let outcome = tokio::select! {
+            biased;
+            outcome = &mut run => outcome,
+            record = &mut redis => {
+                moved = Some(record);
+                run.await
+            }
+        };
+        let decided = !matches!(self.remote.passed.borrow().as_str(), "" | "journal" | "prepare" | "fence");
+        let record = match moved {
+            Some(record) => record,
+            None if decided => redis.await,
+            None => None,
+        };
+        (outcome, record)
+    }
+
+    /// Into the history first, then out of the journal: dying in between makes neither a gap nor a double.
+    pub(super) fn close(
+        &self,
+        state: &mut State,
+        mut operation: Operation,
+        failure: Option<Failure>,
+        redis: Option<StepRecord>,
+    ) -> anyhow::Result<Entry> {
+        if let Some(mut record) = redis {
+            record.number = u32::try_from(operation.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
+            operation.steps.push(record);
+        }
+        let total = Timestamp::now();
+        let decided = operation.is_decided();
+        match &failure {
+            None => tracing::warn!(
+                source = operation.source,
+                target = operation.target,
+                gap_ms = operation.write_gap_ms,
+                "failover done"
+            ),
+            Some(failure) => tracing::error!(
+                step = failure.step.name(),
+                error = failure.error,
+                rolled_back = failure.rolled_back,
+                "failover failed"
+            ),
+        }
+        let entry = {
+            let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+            history.append(operation, failure, total)?.clone()
+        };
+        self.remote.passed("history");
+        state.operation = None;
+        state.failovers += u64::from(decided);
+        self.remote.save(state)?;
+        self.remote.passed("closed");
+        self.metrics.finished(&entry);
+        // What was ordered before the change says nothing about after it.
+        self.remote.watched.revise(|view| view.nodes.values_mut().for_each(|seen| seen.failed = None));
+        Ok(entry)
+    }
+}

@@ -1,0 +1,151 @@
+//! What the orchestrator exports.
+
+use std::time::Duration;
+
+use prometheus::{
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
+};
+
+use crate::history::Entry;
+use crate::orchestrator::report::NodeReport;
+use crate::state::{Mode, State};
+
+const ROLES: [&str; 7] = ["primary", "standby", "stopped", "starting", "stopping", "rebuilding", "unknown"];
+
+/// The orchestrator's own series.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    pub duration: HistogramVec,
+    pub failovers: IntCounterVec,
+    pub write_gap: prometheus::Histogram,
+    pub last_total: Gauge,
+    pub lag_bytes: GaugeVec,
+    pub role: IntGaugeVec,
+    pub agent_silence: GaugeVec,
+    pub probe: HistogramVec,
+    pub sync_set: IntGauge,
+    pub wait_for: IntGauge,
+    pub epoch: IntGauge,
+    pub auto: IntGauge,
+    pub alarms: IntGauge,
+    pub actions: IntCounterVec,
+    pub redis_up: IntGauge,
+    pub unauthorized: IntCounter,
+}
+
+impl Metrics {
+    /// # Errors
+    /// When a name is taken.
+    pub fn new(registry: &Registry) -> prometheus::Result<Self> {
+        let buckets = vec![0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0];
+        let histogram = |name, help, labels: &[&str]| {
+            HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.clone()), labels)
+        };
+        let metrics = Self {
+            duration: histogram(
+                "failover_duration_seconds",
+                "Duration of each phase, and of all as phase=total",
+                &["phase"],
+            )?,
+            failovers: IntCounterVec::new(
+                Opts::new("failover_failovers_total", "Changes of the primary by kind and outcome"),
+                &["kind", "outcome"],
+            )?,
+            write_gap: prometheus::Histogram::with_opts(
+                HistogramOpts::new(
+                    "failover_write_gap_seconds",
+                    "From the source's end to the first commit on the target",
+                )
+                .buckets(buckets.clone()),
+            )?,
+            last_total: Gauge::new("failover_last_total_seconds", "Total duration of the last failover")?,
+            lag_bytes: GaugeVec::new(
+                Opts::new("failover_replication_lag_bytes", "WAL the standby has not flushed"),
+                &["node"],
+            )?,
+            role: IntGaugeVec::new(
+                Opts::new("failover_node_role", "1 for the role a node has"),
+                &["node", "role"],
+            )?,
+            agent_silence: GaugeVec::new(
+                Opts::new("failover_agent_silence_seconds", "Since the agent last answered"),
+                &["node"],
+            )?,
+            probe: histogram("failover_probe_seconds", "Time Postgres took to answer our probe", &["node"])?,
+            sync_set: IntGauge::new(
+                "failover_sync_set_size",
+                "Standbys that hold every acknowledged commit",
+            )?,
+            wait_for: IntGauge::new("failover_wait_for_size", "Standbys each commit waits for")?,
+            epoch: IntGauge::new("failover_epoch", "Number of the current configuration")?,
+            auto: IntGauge::new("failover_mode_auto", "1 in mode auto, 0 when paused")?,
+            alarms: IntGauge::new("failover_alarms", "Alarms as shown by GET /status")?,
+            actions: IntCounterVec::new(
+                Opts::new("failover_actions_total", "Upkeep by action and outcome"),
+                &["action", "outcome"],
+            )?,
+            redis_up: IntGauge::new(
+                "failover_redis_master_known",
+                "1 while a Sentinel tells the Redis master",
+            )?,
+            unauthorized: IntCounter::new(
+                "failover_unauthorized_total",
+                "Requests with no or a wrong token",
+            )?,
+        };
+        registry.register(Box::new(metrics.duration.clone()))?;
+        registry.register(Box::new(metrics.failovers.clone()))?;
+        registry.register(Box::new(metrics.write_gap.clone()))?;
+        registry.register(Box::new(metrics.last_total.clone()))?;
+        registry.register(Box::new(metrics.lag_bytes.clone()))?;
+        registry.register(Box::new(metrics.role.clone()))?;
+        registry.register(Box::new(metrics.agent_silence.clone()))?;
+        registry.register(Box::new(metrics.probe.clone()))?;
+        registry.register(Box::new(metrics.sync_set.clone()))?;
+        registry.register(Box::new(metrics.wait_for.clone()))?;
+        registry.register(Box::new(metrics.epoch.clone()))?;
+        registry.register(Box::new(metrics.auto.clone()))?;
+        registry.register(Box::new(metrics.alarms.clone()))?;
+        registry.register(Box::new(metrics.actions.clone()))?;
+        registry.register(Box::new(metrics.redis_up.clone()))?;
+        registry.register(Box::new(metrics.unauthorized.clone()))?;
+        Ok(metrics)
+    }
+
+    /// Counts a finished operation.
+    pub fn finished(&self, entry: &Entry) {
+        let kind = format!("{:?}", entry.operation.kind).to_lowercase();
+        let outcome = if entry.success { "done" } else { "failed" };
+        self.failovers.with_label_values(&[kind.as_str(), outcome]).inc();
+        for step in &entry.operation.steps {
+            self.duration.with_label_values(&[step.action.as_str()]).observe(step.duration_ms / 1000.0);
+        }
+        self.duration.with_label_values(&["total"]).observe(entry.total_duration_ms / 1000.0);
+        self.last_total.set(entry.total_duration_ms / 1000.0);
+        if let Some(gap) = entry.operation.write_gap_ms {
+            self.write_gap.observe(gap / 1000.0);
+        }
+    }
+
+    /// Sets the gauges to what is.
+    pub fn show(&self, state: &State, nodes: &[NodeReport], alarms: usize) {
+        let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
+        self.sync_set.set(count(state.sync_set.len()));
+        self.wait_for.set(count(state.wait_for.len()));
+        self.epoch.set(i64::try_from(state.epoch).unwrap_or(i64::MAX));
+        self.auto.set(i64::from(state.mode == Mode::Auto));
+        self.alarms.set(count(alarms));
+        for node in nodes {
+            let name = node.region.as_str();
+            for role in ROLES {
+                self.role.with_label_values(&[name, role]).set(i64::from(node.role == role));
+            }
+            #[allow(clippy::cast_precision_loss, reason = "a lag of 2^53 bytes would be shown inexactly")]
+            self.lag_bytes.with_label_values(&[name]).set(node.lag_bytes.unwrap_or(0) as f64);
+            let silence =
+                node.agent_last_seen_ms.map_or(f64::INFINITY, |ms| Duration::from_millis(ms).as_secs_f64());
+            self.agent_silence.with_label_values(&[name]).set(silence);
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! What orchestrator and agents say to each other: JSON over HTTP.
+//!
+//! The orchestrator sends an [`Order`] with its epoch to `POST /v1/orders`; an agent refuses an epoch below the
+//! highest it has accepted. It reads [`NodeStatus`] from `GET /v1/status`, a long poll that returns at once when
+//! something has changed. An order is idempotent: it names the state to reach, and it is carried to its end even
+//! if the asker goes away.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::lsn::Lsn;
+
+/// Name of a node, which is the name of its region, its replication slot and its `application_name`.
+pub type Node = String;
+
+/// Where a standby streams from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Upstream {
+    pub host: String,
+    pub port: u16,
+}
+
+/// How a postmaster is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stop {
+    /// Rolls back, writes a checkpoint, waits until attached standbys have everything.
+    Fast,
+    /// Ends at once; the next start recovers.
+    Immediate,
+}
+
+/// How a standby comes back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Rejoin {
+    /// Its data as it is, or only its upstream has changed.
+    Follow,
+    /// `pg_rewind` first: it has WAL that the primary has not.
+    Rewind,
+    /// A new base backup; what it has is thrown away.
+    Clone,
+}
+
+impl Rejoin {
+    /// What to try when this did not help.
+    #[must_use]
+    pub fn next(self) -> Self {
+        match self {
+            Self::Follow => Self::Rewind,
+            Self::Rewind | Self::Clone => Self::Clone,
+        }
+    }
+}
+
+/// What an agent is told to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Order {
+    /// Run as primary: start when stopped, promote when in recovery. `wait_for` are the standbys each commit waits
+    /// for, in force before the first commit; `slots` are the standbys that will stream.
+    Lead { wait_for: BTreeSet<Node>, slots: BTreeSet<Node> },
+    /// Run as a standby of `upstream`. `guard`: should it ever lead, its commits wait until it is told for whom.
+    Stand { upstream: Upstream, how: Rejoin, guard: bool },
+    /// Stop receiving WAL, and do not start again by itself. Answers with the last position received.
+    Detach,
+    /// Stop the postmaster and everything below it.
+    Halt { how: Stop },
+    /// Change the standbys each commit waits for, on a running primary.
+    WaitFor { nodes: BTreeSet<Node> },
+    /// Write a checkpoint.
+    Checkpoint,
+    /// Answer when every commit acknowledged so far, and every later one, is on `standby`.
+    ConfirmSync { standby: Node },
+    /// Commit a row that carries the epoch, and answer when it is acknowledged.
+    Mark { epoch: u64 },
+}
+
+impl Order {
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Lead { .. } => "lead",
+            Self::Stand { .. } => "stand",
+            Self::Detach => "detach",
+            Self::Halt { .. } => "halt",
+            Self::WaitFor { .. } => "wait_for",
+            Self::Checkpoint => "checkpoint",
+            Self::ConfirmSync { .. } => "confirm_sync",
+            Self::Mark { .. } => "mark",
+        }
+    }
+}
+
+/// Body of `POST /v1/orders`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Command {
+    pub epoch: u64,
+    /// The agent gives up after this many milliseconds and says so.
+    pub limit_ms: u64,
+    pub what: Order,
+}
+
+/// State of the postmaster, known by its parent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Postmaster {
+    /// Not running. `exit` says how it ended; none when this agent has not run it yet. `settled`: its last child is
+    /// gone too and the control file was read.
+    Stopped {
+        exit: Option<String>,
+        clean: bool,
+        settled: bool,
+    },
+    Starting,
+    Running,
+    Stopping,
+    /// `pg_rewind` or `pg_basebackup` is at work.
+    Rebuilding {
+        how: Rejoin,
+    },
+}
+
+/// What a running Postgres says of itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Sample {
+    pub in_recovery: bool,
+    pub timeline: u32,
+    /// Primary: flushed. Standby: received and flushed.
+    pub lsn: Lsn,
+    /// Standby only.
+    pub replayed: Option<Lsn>,
+    pub replay_paused: bool,
+    /// The standby's WAL receiver; none when it has none.
+    pub receiver: Option<Receiver>,
+    /// The standbys each commit waits for, as in force.
+    pub wait_for: BTreeSet<Node>,
+    /// Who streams from this node.
+    pub standbys: Vec<Attached>,
+    /// Age of this sample when the status was sent.
+    pub age_ms: u64,
+    /// Seconds since the last replayed commit, for a standby that lags.
+    pub lag_seconds: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Receiver {
+    pub streaming: bool,
+    pub host: String,
+    pub port: u16,
+    /// Time since the upstream was last heard.
+    pub silent_ms: u64,
+}
+
+/// A standby as its primary sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Attached {
+    pub node: Node,
+    pub streaming: bool,
+    /// Commits wait for it.
+    pub sync: bool,
+    pub flushed: Lsn,
+    pub replayed: Lsn,
+}
+
+/// What the control file of a stopped node says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Control {
+    pub timeline: u32,
+    /// Location of the latest checkpoint.
+    pub checkpoint: Lsn,
+    /// `shut down`, `in production`, `shut down in recovery`, ...
+    pub state: String,
+    pub standby: bool,
+}
+
+/// Everything an agent knows of its node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct NodeStatus {
+    pub node: Node,
+    /// Changes with each start of the agent.
+    pub boot: u64,
+    /// Grows with each change.
+    pub seq: u64,
+    /// Highest epoch of an order accepted.
+    pub epoch: u64,
+    pub system_id: String,
+    pub postmaster: Postmaster,
+    /// What it is configured to stream from; none when it was detached or leads.
+    pub upstream: Option<Upstream>,
+    pub sample: Option<Sample>,
+    pub control: Option<Control>,
+    /// Number of the last marker row acknowledged by this node as primary (one is written several times a second).
+    pub marker: u64,
+}
+
+impl NodeStatus {
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.postmaster == Postmaster::Running
+    }
+
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        matches!(self.postmaster, Postmaster::Stopped { .. })
+    }
+
+    /// Running and not in recovery.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.is_running() && self.sample.as_ref().is_some_and(|sample| !sample.in_recovery)
+    }
+
+    #[must_use]
+    pub fn is_standby(&self) -> bool {
+        self.is_running() && self.sample.as_ref().is_some_and(|sample| sample.in_recovery)
+    }
+}
+
+/// Body of an agent's refusal or failure.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct Problem {
+    pub error: ProblemBody,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub struct ProblemBody {
+    pub code: String,
+    /// What is wrong and what to do.
+    pub message: String,
+    #[serde(default)]
+    pub details: serde_json::Value,
+}
+
+impl Problem {
+    #[must_use]
+    pub fn new(code: &str, message: impl Into<String>) -> Self {
+        Self {
+            error: ProblemBody {
+                code: code.into(),
+                message: message.into(),
+                details: serde_json::Value::Null,
+            },
+        }
+    }
+}
+
+/// Milliseconds, for JSON.
+#[must_use]
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

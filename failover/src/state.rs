@@ -1,0 +1,142 @@
+//! What the orchestrator must never forget, and the only ways to change it.
+//!
+//! The invariant behind every promotion: **the primary acknowledges a commit only when every node of `sync_set`
+//! has it.** It holds because `sync_set` is always within `wait_for`, the primary is only ever told to wait for
+//! `wait_for`, a node leaves `sync_set` durably before the primary is told so, and enters it only after the
+//! primary's confirmation. So one detached member of `sync_set` is enough to fence the primary.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::operation::Operation;
+use crate::protocol::Node;
+
+pub const FORMAT: u32 = 1;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Fails over, degrades and rejoins by itself.
+    Auto,
+    /// Watches only. An operation that was under way is still finished.
+    Paused,
+}
+
+/// How many copies a commit needs right after a failover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Copies {
+    /// Acknowledge at once with one copy when no standby is left; an alarm until there are two.
+    Available,
+    /// Acknowledge only when a standby has it too; until then the brokers hold the readings.
+    TwoCopies,
+}
+
+/// Remembered answer to a request with an `Idempotency-Key`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answered {
+    pub key: String,
+    /// Hash of what was asked: the same key with another question is refused.
+    pub question: String,
+    pub at: Timestamp,
+    /// Id of the operation; its answer is in the history.
+    pub operation: String,
+}
+
+/// Durable. Changed through the methods only.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    pub format: u32,
+    /// Grows with each operation and with each change of `wait_for`; agents refuse orders of a lower one. So an
+    /// order that was delayed on its way cannot undo a later one.
+    pub epoch: u64,
+    pub primary: Node,
+    pub system_id: String,
+    /// Standbys that hold every acknowledged commit.
+    pub sync_set: BTreeSet<Node>,
+    /// Standbys the primary is told to wait for, all of them.
+    pub wait_for: BTreeSet<Node>,
+    pub mode: Mode,
+    pub operation: Option<Operation>,
+    #[serde(default)]
+    pub answered: Vec<Answered>,
+    /// Successful changes of the primary since the first start.
+    #[serde(default)]
+    pub failovers: u64,
+}
+
+/// Requests remembered for `Idempotency-Key`.
+const ANSWERS: usize = 256;
+
+impl State {
+    /// First start: nothing is known to be in sync.
+    #[must_use]
+    pub fn first(primary: Node, system_id: String, wait_for: BTreeSet<Node>) -> Self {
+        Self {
+            format: FORMAT,
+            epoch: 1,
+            primary,
+            system_id,
+            sync_set: BTreeSet::new(),
+            wait_for,
+            mode: Mode::Auto,
+            operation: None,
+            answered: Vec::new(),
+            failovers: 0,
+        }
+    }
+
+    /// The primary may stop waiting for `node`. To be saved before the primary is told.
+    pub fn shrink(&mut self, node: &str) {
+        self.epoch += 1;
+        self.sync_set.remove(node);
+        self.wait_for.remove(node);
+    }
+
+    /// The primary is to wait for `node` too; it does not count as in sync yet.
+    pub fn widen(&mut self, node: &str) {
+        self.epoch += 1;
+        self.wait_for.insert(node.to_owned());
+    }
+
+    /// The primary confirmed that `node` has everything acknowledged, while it was waiting for `wait_for`.
+    pub fn confirm(&mut self, node: &str) {
+        if self.wait_for.contains(node) {
+            self.sync_set.insert(node.to_owned());
+        }
+    }
+
+    /// The point of no return: from here on `target` is the primary, nobody else is known to have what it will
+    /// acknowledge, and it acknowledges when `wait_for` have it.
+    pub fn hand_over(&mut self, target: &str, wait_for: BTreeSet<Node>) {
+        target.clone_into(&mut self.primary);
+        self.sync_set = BTreeSet::new();
+        self.wait_for = wait_for;
+    }
+
+    pub fn remember(&mut self, answered: Answered) {
+        self.answered.push(answered);
+        if self.answered.len() > ANSWERS {
+            self.answered.remove(0);
+        }
+    }
+
+    /// # Errors
+    /// When the invariant does not hold: then the file was not written by us.
+    pub fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!("format {} is not known to this version ({FORMAT})", self.format));
+        }
+        if !self.sync_set.is_subset(&self.wait_for) {
+            return Err("sync_set is not within wait_for".into());
+        }
+        if self.wait_for.contains(&self.primary) {
+            return Err("the primary waits for itself".into());
+        }
+        Ok(())
+    }
+}

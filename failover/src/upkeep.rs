@@ -1,0 +1,70 @@
+//! Actions that are one order or one change of state: everything but a change of the primary.
+//!
+//! Each is split where a crash could fall: what must be durable before the order, the order, what its success allows.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::decide::{Action, Rules};
+use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop};
+use crate::state::State;
+
+const SWIFT: Duration = Duration::from_secs(5);
+/// Crash recovery of a primary, or a checkpoint under load.
+const LONG: Duration = Duration::from_secs(120);
+/// A base backup of a large database.
+const CLONE: Duration = Duration::from_secs(4 * 3600);
+
+/// Changes that come before the order. True when the state has to be saved.
+#[must_use]
+pub fn before(state: &mut State, action: &Action) -> bool {
+    match action {
+        Action::Shrink { node } => state.shrink(node),
+        Action::Widen { node } => state.widen(node),
+        _ => return false,
+    }
+    true
+}
+
+/// The order of an action, to whom, and how long it may take.
+#[must_use]
+pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Order, Duration)> {
+    let primary = || state.primary.clone();
+    match action {
+        Action::Lead { node, .. } => {
+            let order = Order::Lead { wait_for: state.wait_for.clone(), slots: slots(rules, node) };
+            Some((node.clone(), order, LONG))
+        }
+        // Its names are left alone: emptying them would release commits that nobody else has.
+        Action::HaltStray { node } => Some((node.clone(), Order::Halt { how: Stop::Immediate }, SWIFT)),
+        Action::WaitFor | Action::Shrink { .. } | Action::Widen { .. } => {
+            Some((primary(), Order::WaitFor { nodes: state.wait_for.clone() }, SWIFT))
+        }
+        Action::Confirm { node } => Some((primary(), Order::ConfirmSync { standby: node.clone() }, LONG)),
+        Action::Rejoin { node, how } => {
+            let upstream = rules.addresses.get(&state.primary)?.clone();
+            let limit = if *how == Rejoin::Clone { CLONE } else { LONG };
+            Some((node.clone(), Order::Stand { upstream, how: *how, guard: rules.guards() }, limit))
+        }
+        Action::Nothing | Action::Resume | Action::FailOver { .. } => None,
+    }
+}
+
+/// What a successful order allows. `epoch` is the one it was sent with: whatever changed since makes the answer
+/// worthless. True when the state has to be saved.
+#[must_use]
+pub fn after(state: &mut State, action: &Action, epoch: u64, status: &NodeStatus) -> bool {
+    match action {
+        Action::Confirm { node } if epoch == state.epoch && status.is_writable() => {
+            state.confirm(node);
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Every other node streams through a slot of its name.
+#[must_use]
+pub fn slots(rules: &Rules, primary: &str) -> BTreeSet<Node> {
+    rules.addresses.keys().filter(|node| *node != primary).cloned().collect()
+}

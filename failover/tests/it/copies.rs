@@ -1,0 +1,53 @@
+//! How many copies a commit has right after a failover: two at once with a third node, or when it is demanded.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::fixture::Setup;
+use crate::load::Load;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_three_nodes_there_are_always_two_copies() {
+    let mut fixture = Setup::default().three_nodes().start().await;
+    let load = Load::start(&fixture.database()).await;
+    for _ in 0..2 {
+        let from = fixture.whole().await.current_region;
+        let started = Instant::now();
+        fixture.kill_node(&from).await;
+        let status = fixture
+            .until("failed over", |status| status.current_region != from && !status.failover_under_way)
+            .await;
+        let last = status.last_failover.unwrap();
+        assert!(last.success, "{last:#?}");
+        assert_eq!(last.copies_after, 2, "{last:#?}");
+        load.commits_after(Instant::now(), 10).await;
+        println!("{from} -> {}: {:?}, {:?}", last.target_region, load.gap_since(started), last.steps);
+        fixture.revive_node(&from).await;
+    }
+    let to = fixture.whole().await.nodes.iter().find(|node| node.role == "standby").unwrap().region.clone();
+    let report = fixture.switch(&to).await;
+    assert_eq!(report.copies_after, 2);
+    load.commits_after(Instant::now(), 10).await;
+    assert_eq!(fixture.whole().await.current_region, to);
+    load.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_copies_means_that_nothing_is_acknowledged_with_one() {
+    let mut fixture = Setup::default().set("orchestrator.copies", "two_copies").start().await;
+    let load = Load::start(&fixture.database()).await;
+    let killed = Instant::now();
+    fixture.kill_node("region1").await;
+    fixture.until("decided", |status| status.current_region == "region2").await;
+    let decided = Instant::now();
+    // Longer than it takes to promote, and than the standby is missed for.
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(fixture.writable().await, ["region2"]);
+    assert!(load.is_silent_since(decided), "acknowledged with one copy");
+    fixture.revive_node("region1").await;
+    load.commits_after(killed, 10).await;
+    let status = fixture.whole().await;
+    assert_eq!(status.wait_for, ["region1".to_owned()].into());
+    load.finish().await;
+}

@@ -1,0 +1,194 @@
+//! What must not be done is not done, and the answer says why and what to do.
+
+use std::time::Duration;
+
+use failover::state::Mode;
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+
+use crate::fixture::{AGENT_TOKEN, Fixture, Setup, TOKEN};
+use crate::load::Load;
+
+fn code(body: &Value) -> &str {
+    body["error"]["code"].as_str().unwrap_or("none")
+}
+
+/// What must be as before after a refusal.
+async fn state(fixture: &Fixture) -> (String, u64, usize) {
+    let status = fixture.status().await;
+    (status.current_region, status.epoch, fixture.history().await.failovers.len())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_healthy_cluster_refuses_what_makes_no_sense() {
+    let fixture = Setup::default().start().await;
+    let before = state(&fixture).await;
+    for (path, status, expected) in [
+        ("/failover/atlantis", 400, "unknown_region"),
+        ("/failover/atlantis?dry_run=true", 400, "unknown_region"),
+        ("/failover/region1", 409, "already_there"),
+        ("/failover/region2?expected_primary=region2", 409, "unexpected_primary"),
+    ] {
+        let (found, body) = fixture.call(Method::POST, path, Some(TOKEN), None).await;
+        assert_eq!((found, code(&body)), (status, expected), "{path}: {body}");
+        assert!(!body["error"]["message"].as_str().unwrap().is_empty());
+    }
+    for token in [None, Some("wrong"), Some(AGENT_TOKEN)] {
+        for path in ["/failover/region2", "/failover/region2?dry_run=true", "/mode"] {
+            let (found, body) =
+                fixture.call(Method::POST, path, token, Some(json!({"mode": "paused"}))).await;
+            assert_eq!((found, code(&body)), (401, "unauthorized"), "{path} {token:?}");
+        }
+    }
+    let (found, _) =
+        fixture.call(Method::POST, "/failover/region2?no_such_option=1", Some(TOKEN), None).await;
+    assert_eq!(found, 400);
+    assert_eq!(state(&fixture).await, before);
+
+    let (found, plan) = fixture.failover("region2", "?dry_run=true").await;
+    assert_eq!(found, 200, "{plan}");
+    assert_eq!(plan["possible"], json!(true), "{plan:#}");
+    assert_eq!(plan["kind"], json!("planned"));
+    assert_eq!(plan["bytes_at_risk"], json!(0));
+    assert!(plan["plan"].as_array().unwrap().contains(&json!("fence")), "{plan:#}");
+    assert!(plan["checks"].as_array().unwrap().iter().all(|check| check["ok"] == json!(true)), "{plan:#}");
+    assert_eq!(state(&fixture).await, before, "a dry run changes nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_obeys_nobody_but_its_orchestrator() {
+    let fixture = Setup::default().start().await;
+    let port = fixture.agents[0].port();
+    let url = format!("http://127.0.0.1:{port}/v1/orders");
+    let order = json!({"epoch": 999_999, "limit_ms": 1000, "what": {"order": "halt", "how": "immediate"}});
+    for token in ["", TOKEN] {
+        let answer = fixture.http.post(&url).bearer_auth(token).json(&order).send().await.unwrap();
+        assert_eq!(answer.status(), 401);
+    }
+    let old = json!({"epoch": 0, "limit_ms": 1000, "what": {"order": "halt", "how": "immediate"}});
+    let answer = fixture.http.post(&url).bearer_auth(AGENT_TOKEN).json(&old).send().await.unwrap();
+    assert_eq!(answer.status(), 409, "an epoch that is over");
+    let big = "x".repeat(100_000);
+    let answer = fixture.http.post(&url).bearer_auth(AGENT_TOKEN).body(big).send().await.unwrap();
+    assert!(answer.status().is_client_error());
+    assert_eq!(fixture.writable().await, ["region1"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paused_means_nothing_happens_until_somebody_says_so() {
+    let fixture = Setup::default().start().await;
+    let paused = Some(json!({"mode": "paused"}));
+    assert_eq!(fixture.call(Method::POST, "/mode", Some(TOKEN), paused).await.0, 200);
+    assert_eq!(fixture.status().await.mode, Mode::Paused);
+    let (found, body) = fixture.failover("region2", "").await;
+    assert_eq!((found, code(&body)), (409, "paused"), "{body}");
+
+    fixture.kill_postmaster("region1");
+    fixture.until("gone", |status| status.primary_condition == "gone").await;
+    // Longer than an automatic failover ever takes.
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(fixture.status().await.current_region, "region1");
+    assert!(fixture.status().await.alarms.iter().any(|alarm| alarm.contains("paused")));
+
+    let (found, report) = fixture.failover("region2", "?while_paused=true").await;
+    assert_eq!(found, 200, "{report:#}");
+    assert_eq!(report["kind"], json!("unplanned"));
+    let auto = Some(json!({"mode": "auto"}));
+    assert_eq!(fixture.call(Method::POST, "/mode", Some(TOKEN), auto).await.0, 200);
+    assert_eq!(fixture.whole().await.current_region, "region2");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_same_key_gets_the_same_answer_and_is_carried_out_once() {
+    let mut fixture = Setup::default().start().await;
+    let key = [("Idempotency-Key", "night-shift-1")];
+    let call = |fixture: &Fixture, path: &'static str| {
+        let (http, url) =
+            (fixture.http.clone(), format!("http://127.0.0.1:{}{path}", fixture.orchestrator.port()));
+        async move {
+            let answer = http.post(url).bearer_auth(TOKEN).header(key[0].0, key[0].1).send().await.unwrap();
+            (answer.status().as_u16(), answer.json::<Value>().await.unwrap())
+        }
+    };
+    // Two at once: one is carried out, the other is told so.
+    let (first, second) =
+        tokio::join!(call(&fixture, "/failover/region2"), call(&fixture, "/failover/region2"));
+    let mut found = [first.0, second.0];
+    found.sort_unstable();
+    assert_eq!(found, [200, 409], "{first:?} {second:?}");
+    let report = if first.0 == 200 { first.1 } else { second.1 };
+    fixture.whole().await;
+    assert_eq!(call(&fixture, "/failover/region2").await, (200, report.clone()));
+    fixture.orchestrator.kill9().await.unwrap();
+    fixture.orchestrator.restart().await.unwrap();
+    fixture.whole().await;
+    assert_eq!(call(&fixture, "/failover/region2").await, (200, report), "after a restart too");
+    let (found, body) = call(&fixture, "/failover/region1").await;
+    assert_eq!((found, code(&body)), (409, "idempotency_key_reused"));
+    assert_eq!(fixture.history().await.failovers.len(), 1);
+}
+
+/// The standby dies: commits wait, then one copy is allowed, and nothing is promoted automatically; it comes back:
+/// two copies again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn degraded_and_back() {
+    let mut fixture = Setup::default().set("orchestrator.policy.degrade_after", "1s").start().await;
+    let load = Load::start(&fixture.database()).await;
+    let killed = Instant::now();
+    fixture.kill_node("region2").await;
+    load.commits_after(killed + Duration::from_millis(800), 10).await;
+    let status =
+        fixture.until("degraded", |status| status.sync_set.is_empty() && status.wait_for.is_empty()).await;
+    assert!(status.alarms.iter().any(|alarm| alarm.contains("ONE COPY")), "{:?}", status.alarms);
+    let waited = load.gap_since(killed);
+    assert!(waited >= Duration::from_millis(900), "commits waited for the standby first: {waited:?}");
+
+    let (found, body) = fixture.failover("region2", "").await;
+    assert_eq!((found, code(&body)), (412, "target_not_running"), "{body}");
+    let postmaster = fixture.postmaster("region1");
+    fixture.kill_postmaster("region1");
+    let deadline = Instant::now() + Duration::from_secs(30);
+    // Nobody else has everything: it is started where it is.
+    while fixture.status().await.primary_condition != "alive" || fixture.postmaster("region1") == postmaster {
+        assert!(Instant::now() < deadline, "{:#?}", fixture.status().await);
+        sleep(Duration::from_millis(20)).await;
+    }
+    load.commits_after(Instant::now(), 10).await;
+    assert!(fixture.history().await.failovers.is_empty());
+
+    fixture.revive_node("region2").await;
+    let status = fixture.whole().await;
+    assert_eq!(status.current_region, "region1");
+    assert!(status.alarms.is_empty(), "{:?}", status.alarms);
+    let waits: String =
+        fixture.admin("region1").await.query_one("SHOW synchronous_standby_names", &[]).await.unwrap().get(0);
+    assert_eq!(waits, "FIRST 1 (\"region2\")");
+    load.finish().await;
+}
+
+/// The primary's machine is gone and the standby is not in sync: only an operator may accept the loss.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn loss_needs_a_word_from_an_operator() {
+    let mut fixture = Setup::default().set("orchestrator.policy.degrade_after", "500ms").start().await;
+    fixture.kill_node("region2").await;
+    fixture.until("degraded", |status| status.sync_set.is_empty()).await;
+    let db = fixture.admin("region1").await;
+    db.batch_execute("CREATE TABLE only_here (a int)").await.unwrap();
+    drop(db);
+    fixture.kill_node("region1").await;
+    fixture.revive_node("region2").await;
+    fixture.until("a standby", |status| status.nodes[1].role == "standby").await;
+    let (found, body) = fixture.failover("region2", "").await;
+    assert_eq!((found, code(&body)), (503, "no_safe_candidate"), "{body}");
+    let status = fixture.status().await;
+    assert_eq!(status.current_region, "region1", "nothing is promoted by itself");
+    assert!(status.alarms.iter().any(|alarm| alarm.contains("allow_data_loss")), "{:?}", status.alarms);
+
+    let (found, report) = fixture.failover("region2", "?allow_data_loss=true").await;
+    assert_eq!(found, 200, "{report:#}");
+    assert_eq!(report["kind"], json!("forced"));
+    fixture.revive_node("region1").await;
+    assert_eq!(fixture.whole().await.current_region, "region2");
+    assert_eq!(fixture.writable().await, ["region2"]);
+}

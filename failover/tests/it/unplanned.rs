@@ -1,0 +1,126 @@
+//! The primary dies, in every way we know of; nobody helps.
+
+use std::time::Duration;
+
+use failover::operation::Kind;
+use failover::orchestrator::report::Status;
+use nix::sys::signal::{Signal, kill};
+use tokio::time::Instant;
+
+use crate::fixture::{Fixture, Setup};
+use crate::load::Load;
+
+/// Tests share the machine with whatever else runs: a bound that something broken would exceed. The figures are for
+/// `make bench-failover`, on a quiet machine.
+const MOST: Duration = Duration::from_millis(1250);
+
+fn other(region: &str) -> &'static str {
+    if region == "region1" { "region2" } else { "region1" }
+}
+
+/// Waits for the failover away from `from`, then for the writers, and says how long they waited.
+async fn gap(fixture: &Fixture, load: &Load, from: &str, started: Instant) -> (Duration, Status) {
+    let status = fixture
+        .until("failed over", |status| status.current_region != from && !status.failover_under_way)
+        .await;
+    load.commits_after(Instant::now(), 10).await;
+    let gap = load.gap_since(started);
+    let last = status.last_failover.clone().unwrap();
+    println!(
+        "{from} -> {}: write gap {gap:?}, by the orchestrator {:?} ms, total {:.0} ms; {}; {:?}",
+        status.current_region,
+        last.write_gap_ms,
+        last.total_duration_ms,
+        last.reason,
+        last.steps.iter().map(|step| format!("{} {:.0}", step.action, step.duration_ms)).collect::<Vec<_>>()
+    );
+    assert!(last.success && last.tier0_compliant, "{last:#?}");
+    assert_eq!(last.kind, Kind::Unplanned);
+    assert_eq!(last.target_region, other(from));
+    (gap, status)
+}
+
+fn median(mut gaps: Vec<Duration>) -> Duration {
+    gaps.sort();
+    gaps[gaps.len() / 2]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_postmaster_is_replaced_and_comes_back_as_standby() {
+    let fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    let mut gaps = Vec::new();
+    for _ in 0..4 {
+        let from = fixture.whole().await.current_region;
+        load.commits_after(Instant::now(), 10).await;
+        let started = Instant::now();
+        fixture.kill_postmaster(&from);
+        gaps.push(gap(&fixture, &load, &from, started).await.0);
+        let rejoin = Instant::now();
+        fixture.whole().await;
+        println!("whole again after {:?}", rejoin.elapsed());
+        assert_eq!(fixture.writable().await, [other(&from)]);
+    }
+    load.finish().await;
+    assert!(median(gaps.clone()) <= MOST, "{gaps:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_node_is_replaced_and_comes_back_as_standby() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    let mut gaps = Vec::new();
+    for _ in 0..3 {
+        let from = fixture.whole().await.current_region;
+        load.commits_after(Instant::now(), 10).await;
+        let started = Instant::now();
+        fixture.kill_node(&from).await;
+        gaps.push(gap(&fixture, &load, &from, started).await.0);
+        fixture.revive_node(&from).await;
+        let rejoin = Instant::now();
+        fixture.whole().await;
+        println!("whole again after {:?}", rejoin.elapsed());
+    }
+    load.finish().await;
+    assert!(median(gaps.clone()) <= MOST, "{gaps:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_node_is_replaced_and_cannot_acknowledge_when_it_thaws() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    let mut gaps = Vec::new();
+    for _ in 0..3 {
+        let from = fixture.whole().await.current_region;
+        load.commits_after(Instant::now(), 10).await;
+        let started = Instant::now();
+        let index = fixture.index(&from);
+        fixture.agents[index].pause();
+        gaps.push(gap(&fixture, &load, &from, started).await.0);
+        fixture.agents[index].resume();
+        let rejoin = Instant::now();
+        fixture.whole().await;
+        println!("whole again after {:?}", rejoin.elapsed());
+        assert_eq!(fixture.writable().await, [other(&from)]);
+    }
+    load.finish().await;
+    assert!(median(gaps.clone()) <= MOST * 2, "{gaps:?}");
+}
+
+/// The postmaster alone frozen: open sessions go on, a standby streams, so the primary lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_a_standby_hears_is_not_replaced() {
+    let fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    let postmaster = fixture.postmaster("region1");
+    kill(postmaster, Signal::SIGSTOP).unwrap();
+    let started = Instant::now();
+    // Longer than every limit of the policy.
+    while started.elapsed() < Duration::from_secs(3) {
+        load.commits_after(Instant::now(), 5).await;
+        assert_eq!(fixture.status().await.current_region, "region1");
+    }
+    kill(postmaster, Signal::SIGCONT).unwrap();
+    assert!(fixture.history().await.failovers.is_empty());
+    load.finish().await;
+}

@@ -1,0 +1,274 @@
+//! Redis: a master, a replica, and three Sentinels that agree by two.
+//!
+//! Region N has the N-th instance; the first is master at first start. Runs as user `redis` when we are root.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use nix::sys::signal::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::account::{Account, private_dir, private_file};
+use crate::child::{Child, Reach, Start};
+use crate::port::Port;
+use crate::scratch::Scratch;
+use crate::shipped;
+
+/// The name the Sentinels know the master by.
+pub const MASTER: &str = "tier0";
+const QUORUM: usize = 2;
+const READY: Duration = Duration::from_secs(30);
+const STOP: Duration = Duration::from_secs(30);
+const ANSWER: Duration = Duration::from_secs(2);
+
+/// One Redis or Sentinel, running or not.
+#[derive(Debug)]
+pub struct Server {
+    name: String,
+    dir: PathBuf,
+    log: PathBuf,
+    port: Port,
+    account: Option<Account>,
+    sentinel: bool,
+    child: Option<Child>,
+}
+
+/// Everything. Dropping it kills it.
+#[derive(Debug)]
+pub struct Redis {
+    pub instances: Vec<Server>,
+    pub sentinels: Vec<Server>,
+}
+
+impl Redis {
+    /// New ones for a test, on free ports.
+    ///
+    /// # Errors
+    /// When Redis is not installed or does not come up.
+    pub async fn start(scratch: &Scratch) -> anyhow::Result<Self> {
+        let ports = (0..5).map(|_| Port::free()).collect::<anyhow::Result<_>>()?;
+        Self::open(scratch.path(), ports).await
+    }
+
+    /// With data in `dir/redis-region1` and so on: ports of two instances, then of three Sentinels.
+    ///
+    /// # Errors
+    /// As [`Redis::start`].
+    pub async fn open(dir: &Path, ports: Vec<Port>) -> anyhow::Result<Self> {
+        let mut ports = ports.into_iter();
+        let mut next = || ports.next().context("five ports");
+        let mut instances = Vec::new();
+        for region in 1..=2 {
+            let server = Server::new(dir, &format!("redis-region{region}"), next()?, false)?;
+            let replica_of = instances.first().map(|first: &Server| first.port());
+            server.configure_instance(replica_of)?;
+            instances.push(server);
+        }
+        let master = instances.first().context("an instance")?.port();
+        let mut sentinels = Vec::new();
+        for number in 1..=3 {
+            let server = Server::new(dir, &format!("sentinel-{number}"), next()?, true)?;
+            server.configure_sentinel(master)?;
+            sentinels.push(server);
+        }
+        let mut redis = Self { instances, sentinels };
+        for server in redis.instances.iter_mut().chain(&mut redis.sentinels) {
+            server.resurrect().await?;
+        }
+        redis.wait_whole().await?;
+        Ok(redis)
+    }
+
+    /// The port of the master, by the Sentinels.
+    ///
+    /// # Errors
+    /// When none of them answers.
+    pub async fn master(&self) -> anyhow::Result<u16> {
+        let mut failure = anyhow::anyhow!("no Sentinel");
+        for sentinel in &self.sentinels {
+            match ask(sentinel.port(), &format!("SENTINEL GET-MASTER-ADDR-BY-NAME {MASTER}")).await {
+                Ok(answer) => {
+                    let port = answer.lines().filter_map(|line| line.trim().parse().ok()).next_back();
+                    return port.with_context(|| format!("no port in {answer:?}"));
+                }
+                Err(error) => failure = error,
+            }
+        }
+        Err(failure)
+    }
+
+    /// The settings by which the orchestrator finds this.
+    #[must_use]
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let list = |servers: &[Server], prefix: &str| {
+            let addresses = servers.iter().enumerate().map(|(index, server)| {
+                let name = if prefix.is_empty() { String::new() } else { format!("{prefix}{}=", index + 1) };
+                format!("{name}127.0.0.1:{}", server.port())
+            });
+            addresses.collect::<Vec<_>>().join(",")
+        };
+        vec![
+            ("TIER0__REDIS__SENTINELS".into(), list(&self.sentinels, "")),
+            ("TIER0__REDIS__INSTANCES".into(), list(&self.instances, "region")),
+            ("TIER0__REDIS__MASTER".into(), MASTER.into()),
+        ]
+    }
+
+    /// Waits until every Sentinel knows the others and a replica that is in step: before, it would refuse a failover.
+    async fn wait_whole(&mut self) -> anyhow::Result<()> {
+        for sentinel in &mut self.sentinels {
+            let port = sentinel.port();
+            let child = sentinel.child.as_mut().context("a Sentinel that runs")?;
+            child
+                .until("knows the replica and the other Sentinels", READY, || async move {
+                    let quorum = ask(port, &format!("SENTINEL CKQUORUM {MASTER}")).await?;
+                    let peers = ask(port, &format!("SENTINEL SENTINELS {MASTER}")).await?;
+                    let replicas = ask(port, &format!("SENTINEL REPLICAS {MASTER}")).await?;
+                    if !quorum.starts_with("+OK 3") || peers.matches("runid").count() < QUORUM {
+                        bail!("{}", quorum.trim());
+                    }
+                    if !replicas.contains("master-link-status\r\n$2\r\nok") {
+                        bail!("the replica is not in step yet");
+                    }
+                    Ok(())
+                })
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+impl Server {
+    fn new(dir: &Path, name: &str, port: Port, sentinel: bool) -> anyhow::Result<Self> {
+        let account = Account::of_server("redis")?;
+        let log = dir.join(format!("{name}.log"));
+        let dir = dir.join(name);
+        private_dir(&dir, account.as_ref())?;
+        Ok(Self { name: name.into(), dir, log, port, account, sentinel, child: None })
+    }
+
+    /// Written once: Redis and Sentinel keep what they learn in their own configuration.
+    fn configure_instance(&self, replica_of: Option<u16>) -> anyhow::Result<()> {
+        let mut text = format!(
+            "port {}\nbind 127.0.0.1\ndir {}\nappendonly yes\nappendfsync everysec\nsave \"\"\nrepl-diskless-sync-delay 0\n\
+             repl-ping-replica-period 1\nmin-replicas-to-write 0\n",
+            self.port(),
+            self.dir.display()
+        );
+        if let Some(port) = replica_of {
+            text.push_str(&format!("replicaof 127.0.0.1 {port}\n"));
+        }
+        self.configure(&text)
+    }
+
+    fn configure_sentinel(&self, master: u16) -> anyhow::Result<()> {
+        self.configure(&format!(
+            "port {}\nbind 127.0.0.1\ndir {}\nsentinel monitor {MASTER} 127.0.0.1 {master} {QUORUM}\n\
+             sentinel down-after-milliseconds {MASTER} 1000\nsentinel failover-timeout {MASTER} 5000\n\
+             sentinel parallel-syncs {MASTER} 1\n",
+            self.port(),
+            self.dir.display()
+        ))
+    }
+
+    fn configure(&self, text: &str) -> anyhow::Result<()> {
+        let path = self.dir.join("server.conf");
+        if path.exists() {
+            return Ok(());
+        }
+        private_file(&path, text, self.account.as_ref())
+    }
+
+    /// Starts it on the same port and data, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not come up; the message holds the end of its log.
+    pub async fn resurrect(&mut self) -> anyhow::Result<()> {
+        if self.is_running() {
+            return Ok(());
+        }
+        let program = shipped::server(if self.sentinel { "redis-sentinel" } else { "redis-server" })?;
+        let start = Start::new(&self.name, program, &self.log)
+            .args([self.dir.join("server.conf").into_os_string()])
+            .account(self.account.clone());
+        let port = self.port.number();
+        let child = self.child.insert(start.spawn().await?);
+        child
+            .until("answers PING", READY, || async move {
+                match ask(port, "PING").await?.trim() {
+                    "+PONG" => Ok(()),
+                    other => bail!("{other}"),
+                }
+            })
+            .await
+    }
+
+    /// # Errors
+    /// When it does not end in time.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        child.stop(Signal::SIGTERM, STOP).await.map(drop)
+    }
+
+    /// # Errors
+    /// When the process stays.
+    pub async fn kill9(&mut self) -> anyhow::Result<()> {
+        match self.child.take() {
+            Some(mut child) => child.kill9(Reach::Tree).await,
+            None => Ok(()),
+        }
+    }
+
+    /// SIGSTOP: accepts connections (the kernel does), answers nothing.
+    pub fn pause(&mut self) {
+        if let Some(child) = &mut self.child {
+            child.pause(Reach::Tree);
+        }
+    }
+
+    pub fn resume(&mut self) {
+        if let Some(child) = &mut self.child {
+            child.resume();
+        }
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.as_mut().is_some_and(|child| child.ended().is_none())
+    }
+
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// `master` or `slave`, by the server itself.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn role(&self) -> anyhow::Result<String> {
+        let answer = ask(self.port(), "ROLE").await?;
+        let role = answer.lines().find(|line| matches!(*line, "master" | "slave"));
+        role.map(str::to_owned).with_context(|| format!("no role in {answer:?}"))
+    }
+}
+
+/// One command in Redis' inline form, and its raw answer.
+async fn ask(port: u16, command: &str) -> anyhow::Result<String> {
+    let exchange = async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.context("connect")?;
+        stream.write_all(format!("{command}\r\n").as_bytes()).await.context("send")?;
+        // The end of what we say: it answers what it has and closes. (A Sentinel knows no QUIT.)
+        stream.shutdown().await.context("send")?;
+        let mut answer = String::new();
+        stream.take(1 << 20).read_to_string(&mut answer).await.context("read")?;
+        Ok(answer)
+    };
+    tokio::time::timeout(ANSWER, exchange).await.context("no answer")?
+}

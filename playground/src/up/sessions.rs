@@ -1,0 +1,246 @@
+//! User activity beside telemetry: RabbitMQ, `rabbitmq-consumer`, `user-simulator`.
+//!
+//! An Erlang machine takes some seconds to start. Telemetry does not wait for it: all this starts on its own.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use tokio::task::JoinSet;
+use wire::sessions::SessionLedger;
+
+use super::stack::{CONSUMER_GRACE, SIMULATOR_GRACE, port, report};
+use crate::cli::{Part, UpArgs};
+use crate::cluster::Cluster;
+use crate::home::Process;
+use crate::metrics::Metrics;
+use crate::postgres::Role;
+use crate::program::{Launch, Program};
+use crate::rabbitmq::{Ports, RabbitMq};
+use crate::verify::sessions::{SessionFindings, compare, read};
+
+const AMQP_PORT: u16 = 5672;
+const MANAGEMENT_PORT: u16 = 15_672;
+const CONSUMER_PORT: u16 = 9103;
+const SIMULATOR_PORT: u16 = 9104;
+const READY: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(100);
+/// Nothing new for this long: what has not come will not come.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// What runs of it.
+#[derive(Debug, Default)]
+struct Running {
+    // Clients before servers: dropping goes in this order.
+    simulator: Option<Program>,
+    consumer: Option<Program>,
+    broker: Option<RabbitMq>,
+}
+
+/// All of it, started or on its way.
+#[derive(Debug)]
+pub(super) struct Sessions {
+    running: Running,
+    starting: JoinSet<anyhow::Result<Running>>,
+    failure: Option<String>,
+    ledger: PathBuf,
+    /// Messages seen at the sample before, for the rate.
+    last: Option<(Instant, u64)>,
+}
+
+impl Sessions {
+    /// Starts what is wanted, without waiting.
+    pub(super) fn start(
+        dir: &Path,
+        ledger: PathBuf,
+        cluster: &Cluster,
+        args: &UpArgs,
+    ) -> anyhow::Result<Self> {
+        if ledger.exists() {
+            std::fs::remove_file(&ledger).with_context(|| format!("delete {}", ledger.display()))?;
+        }
+        let mut starting = JoinSet::new();
+        let with = |part: Part| !args.without.contains(&part);
+        let parts = (with(Part::Rabbitmq), with(Part::RabbitmqConsumer), with(Part::UserSimulator));
+        let plan = (dir.to_owned(), cluster.environment(), ledger.clone(), args.seed);
+        starting.spawn(bring_up(plan, parts));
+        Ok(Self { running: Running::default(), starting, failure: None, ledger, last: None })
+    }
+
+    /// Takes over what has come up since; true when something has.
+    pub(super) fn progress(&mut self) -> bool {
+        match self.starting.try_join_next() {
+            Some(outcome) => {
+                self.take(outcome.map_err(anyhow::Error::from).flatten());
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn take(&mut self, outcome: anyhow::Result<Running>) {
+        match outcome {
+            Ok(running) => self.running = running,
+            Err(error) => self.failure = Some(format!("{error:#}")),
+        }
+    }
+
+    /// What ended unasked, or did not start.
+    pub(super) fn died(&mut self) -> Option<String> {
+        if let Some(failure) = &self.failure {
+            return Some(failure.clone());
+        }
+        for program in [&mut self.running.simulator, &mut self.running.consumer].into_iter().flatten() {
+            if let Some(status) = program.ended() {
+                let tail = crate::child::tail(program.log(), 15);
+                return Some(format!("{} ended by itself ({status}){tail}", program.name()));
+            }
+        }
+        let broker = self.running.broker.as_mut()?;
+        (!broker.is_running())
+            .then(|| format!("rabbitmq ended by itself{}", crate::child::tail(broker.log(), 15)))
+    }
+
+    pub(super) fn processes(&self) -> Vec<Process> {
+        let Running { simulator, consumer, broker } = &self.running;
+        let broker = broker.iter().map(|broker| ("rabbitmq", broker.pid(), broker.port(), broker.log()));
+        let programs = [consumer, simulator].into_iter().flatten();
+        let programs = programs.map(|program| (program.name(), program.pid(), program.port(), program.log()));
+        broker
+            .chain(programs)
+            .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
+            .collect()
+    }
+
+    /// Messages per second since the call before; `None` while there is no consumer.
+    pub(super) async fn rate(&mut self) -> Option<f64> {
+        let metrics = self.consumer_metrics().await?;
+        let (now, received) = (Instant::now(), metrics.count("ingest_received_total"));
+        let before = self.last.replace((now, received));
+        let (then, before) = before.unwrap_or((now, received));
+        let elapsed = now.duration_since(then).as_secs_f64().max(0.001);
+        #[allow(clippy::cast_precision_loss, reason = "a rate for the eye")]
+        Some(received.saturating_sub(before) as f64 / elapsed)
+    }
+
+    async fn consumer_metrics(&self) -> Option<Metrics> {
+        self.running.consumer.as_ref()?.metrics().await.ok()
+    }
+
+    /// Ends the users and waits until everything confirmed is in the table. `None` without a simulator.
+    ///
+    /// # Errors
+    /// When something does not end in order.
+    pub(super) async fn finish(&mut self, cluster: &Cluster) -> anyhow::Result<Option<SessionLedger>> {
+        if let Some(outcome) = self.starting.join_next().await {
+            self.take(outcome.map_err(anyhow::Error::from).flatten());
+        }
+        if let Some(failure) = &self.failure {
+            bail!("{failure}");
+        }
+        let Some(simulator) = &mut self.running.simulator else { return Ok(None) };
+        simulator.terminate(SIMULATOR_GRACE).await?;
+        let ledger = load(&self.ledger)?;
+        if self.running.consumer.is_some() {
+            self.drain(cluster, &ledger).await?;
+        }
+        if let Some(consumer) = &mut self.running.consumer {
+            consumer.terminate(CONSUMER_GRACE).await?;
+        }
+        Ok(Some(ledger))
+    }
+
+    async fn drain(&mut self, cluster: &Cluster, ledger: &SessionLedger) -> anyhow::Result<()> {
+        let db = cluster.connect(Role::Owner).await?;
+        let mut progress = Instant::now();
+        let mut last = None;
+        loop {
+            let received =
+                self.consumer_metrics().await.map(|metrics| metrics.count("ingest_acknowledged_total"));
+            if received != last {
+                (last, progress) = (received, Instant::now());
+            }
+            let there = compare("", ledger, &read(&db, ledger).await?).holds();
+            if there || progress.elapsed() > QUIET || self.died().is_some() {
+                return Ok(());
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Stops the broker; our programs too, when they still run.
+    pub(super) async fn stop(mut self) -> anyhow::Result<()> {
+        self.starting.shutdown().await;
+        let Running { simulator, consumer, broker } = &mut self.running;
+        let mut outcome = Ok(());
+        if let Some(simulator) = simulator {
+            outcome = outcome.and(simulator.terminate(SIMULATOR_GRACE).await);
+        }
+        if let Some(consumer) = consumer {
+            outcome = outcome.and(consumer.terminate(CONSUMER_GRACE).await);
+        }
+        match broker {
+            Some(broker) => outcome.and(broker.stop().await),
+            None => outcome,
+        }
+    }
+}
+
+async fn bring_up(
+    (dir, cluster, ledger, seed): (PathBuf, Vec<(String, String)>, PathBuf, Option<u64>),
+    (broker, consumer, simulator): (bool, bool, bool),
+) -> anyhow::Result<Running> {
+    let mut running = Running::default();
+    let mut environment = Vec::new();
+    if broker {
+        let started = Instant::now();
+        let ports = Ports::new(port("rabbitmq", AMQP_PORT)?, port("rabbitmq management", MANAGEMENT_PORT)?)?;
+        let broker = RabbitMq::open(&dir, ports, true, &[]).await?;
+        let note = format!("management on {}, guest/guest", broker.management_port());
+        report("rabbitmq", broker.port(), started, &note);
+        environment = broker.environment();
+        running.broker = Some(broker);
+    }
+    if consumer {
+        let started = Instant::now();
+        let launch = Launch::new("rabbitmq-consumer").envs(cluster).envs(environment.clone());
+        let mut consumer = launch.start_on(&dir, port("rabbitmq-consumer", CONSUMER_PORT)?).await?;
+        consumer.ready(READY).await?;
+        report("rabbitmq-consumer", consumer.port(), started, "/metrics /health");
+        running.consumer = Some(consumer);
+    }
+    if simulator {
+        let started = Instant::now();
+        let mut options = vec!["--ledger".to_owned(), ledger.display().to_string()];
+        options.extend(seed.into_iter().flat_map(|seed| ["--seed".to_owned(), seed.to_string()]));
+        let launch = Launch::new("user-simulator").envs(environment).args(options);
+        let simulator = launch.start_on(&dir, port("user-simulator", SIMULATOR_PORT)?).await?;
+        report("user-simulator", simulator.port(), started, "/metrics /health");
+        running.simulator = Some(simulator);
+    }
+    Ok(running)
+}
+
+/// The ledger of a run.
+///
+/// # Errors
+/// When it is not there or not one.
+pub(crate) fn load(path: &Path) -> anyhow::Result<SessionLedger> {
+    let file = std::fs::File::open(path).with_context(|| format!("open the ledger {}", path.display()))?;
+    serde_json::from_reader(std::io::BufReader::new(file))
+        .with_context(|| format!("read the ledger {}", path.display()))
+}
+
+/// What every node holds.
+///
+/// # Errors
+/// When a node cannot be read.
+pub(super) async fn look(cluster: &Cluster, ledger: &SessionLedger) -> anyhow::Result<Vec<SessionFindings>> {
+    let mut findings = Vec::new();
+    for node in &cluster.nodes {
+        let db = node.connect(Role::Owner).await?;
+        let stored = read(&db, ledger).await.with_context(|| format!("look into {}", node.name()))?;
+        findings.push(compare(node.name(), ledger, &stored));
+    }
+    Ok(findings)
+}
