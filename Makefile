@@ -19,6 +19,7 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	.ci/architecture.sh
+	.ci/prometheus.sh
 
 # The programs that integration tests start.
 build:

@@ -12,6 +12,12 @@ wanted() {
     echo "/usr/lib/postgresql/*/bin/postgres   postgresql"
     echo "/usr/sbin/mosquitto                  mosquitto"
     echo "/usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server"
+    echo "/usr/bin/redis-server                redis-server"
+    echo "/usr/bin/redis-sentinel              redis-sentinel"
+    echo "/usr/bin/prometheus                  prometheus"
+    for exporter in node postgres redis mqtt; do
+        echo "/usr/bin/prometheus-$exporter-exporter  prometheus-$exporter-exporter"
+    done
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
@@ -28,6 +34,8 @@ service_of() {
         mosquitto) echo mosquitto.service ;;
         rabbitmq-server) echo rabbitmq-server.service ;;
         postgresql) echo postgresql.service ;;
+        redis-server | redis-sentinel) echo "$1.service" ;;
+        prometheus | prometheus-*-exporter) echo "$1.service" ;;
     esac
 }
 

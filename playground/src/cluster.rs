@@ -136,7 +136,8 @@ impl Cluster {
     /// # Errors
     /// As [`Cluster::create`].
     pub async fn open(dir: &Path, options: Options) -> anyhow::Result<Self> {
-        let passwords = Self::passwords(dir)?;
+        let mut passwords = Self::passwords(dir)?;
+        let older = passwords.complete()?;
         let mut cluster = Self { nodes: nodes(dir, &options, &passwords)?, options };
         let slots = cluster.primary().data().join("pg_replslot");
         let standbys = cluster.nodes.iter().skip(1);
@@ -158,6 +159,11 @@ impl Cluster {
         }
         cluster.clone_standbys(&usable).await?;
         cluster.require_standbys().await?;
+        if older {
+            create_watchers(cluster.primary(), &passwords).await?;
+            let text = serde_json::to_string(&passwords).context("write the passwords")?;
+            private_file(&dir.join(PASSWORDS), &text, None)?;
+        }
         Ok(cluster)
     }
 
@@ -392,7 +398,29 @@ async fn create_roles(primary: &Postgres, passwords: &Passwords) -> anyhow::Resu
     .context("create the roles")?;
     db.batch_execute(&format!("CREATE DATABASE {DATABASE} OWNER {}", Role::Owner.name()))
         .await
-        .context("create the database")
+        .context("create the database")?;
+    create_watchers(primary, passwords).await
+}
+
+/// The roles that only look; harmless where they are there already.
+async fn create_watchers(primary: &Postgres, passwords: &Passwords) -> anyhow::Result<()> {
+    let db = primary.admin().await?;
+    for (role, group) in [(Role::Monitor, "pg_monitor"), (Role::Reader, "pg_read_all_data")] {
+        let name = role.name();
+        let there = db
+            .query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&name])
+            .await
+            .context("look for the roles")?;
+        let verb = if there.is_some() { "ALTER" } else { "CREATE" };
+        db.batch_execute(&format!(
+            "{verb} ROLE {name} LOGIN PASSWORD '{}'; GRANT {group} TO {name}; \
+             ALTER ROLE {name} SET default_transaction_read_only = on; ALTER ROLE {name} SET statement_timeout = '30s'",
+            passwords.of(role)
+        ))
+        .await
+        .with_context(|| format!("create the role {name}"))?;
+    }
+    Ok(())
 }
 
 /// Copies with owners and modes, sharing blocks where the file system can.

@@ -21,7 +21,6 @@ use tokio::time::{Instant, sleep};
 
 pub(crate) const TOKEN: &str = "a-token-for-people-0123456789";
 pub(crate) const AGENT_TOKEN: &str = "a-token-for-agents-0123456789";
-const MONITOR: &str = "monitor-password";
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Everything, running. Fields are dropped in this order.
@@ -64,9 +63,6 @@ impl Setup {
         let standbys = if self.three { 2 } else { 1 };
         let options = Options { standbys, ..Options::default() }.set("wal_receiver_timeout", "1s");
         let mut cluster = Cluster::start(&scratch, options).await.unwrap();
-        let db = cluster.primary().admin().await.unwrap();
-        db.batch_execute(&format!("CREATE ROLE monitor LOGIN PASSWORD '{MONITOR}'")).await.unwrap();
-        drop(db);
         cluster.stop().await.unwrap();
         let mut agents = Vec::new();
         for index in 0..=standbys {
@@ -90,7 +86,7 @@ impl Setup {
             .set("orchestrator.nodes", nodes.join(","))
             .set("orchestrator.token", TOKEN)
             .set("orchestrator.agent_token", AGENT_TOKEN)
-            .set("orchestrator.monitor_password", MONITOR)
+            .set("orchestrator.monitor_password", cluster.primary().passwords().of(Role::Monitor))
             .set("log.filter", "info,failover=debug");
         for (key, value) in &self.settings {
             launch = launch.set(key, value);

@@ -19,6 +19,10 @@ pub enum Role {
     Owner,
     /// Streams WAL.
     Replicator,
+    /// Looks into the server's statistics, for exporters and the orchestrator's probes. Reads no table.
+    Monitor,
+    /// Reads every table and writes none, for dashboards.
+    Reader,
 }
 
 impl Role {
@@ -28,6 +32,8 @@ impl Role {
             Self::Admin => "postgres",
             Self::Owner => "tier0",
             Self::Replicator => "replicator",
+            Self::Monitor => "monitor",
+            Self::Reader => "reader",
         }
     }
 }
@@ -38,13 +44,39 @@ pub struct Passwords {
     admin: String,
     owner: String,
     replicator: String,
+    /// Empty in the file of a cluster that was made before there were these roles.
+    #[serde(default)]
+    monitor: String,
+    #[serde(default)]
+    reader: String,
 }
 
 impl Passwords {
     /// # Errors
     /// When the kernel gives no random bytes.
     pub fn random() -> anyhow::Result<Self> {
-        Ok(Self { admin: random_word()?, owner: random_word()?, replicator: random_word()? })
+        Ok(Self {
+            admin: random_word()?,
+            owner: random_word()?,
+            replicator: random_word()?,
+            monitor: random_word()?,
+            reader: random_word()?,
+        })
+    }
+
+    /// Makes the passwords an older file lacks. Whether there were any.
+    ///
+    /// # Errors
+    /// As [`Passwords::random`].
+    pub(crate) fn complete(&mut self) -> anyhow::Result<bool> {
+        let mut made = false;
+        for word in [&mut self.monitor, &mut self.reader] {
+            if word.is_empty() {
+                *word = random_word()?;
+                made = true;
+            }
+        }
+        Ok(made)
     }
 
     #[must_use]
@@ -53,6 +85,8 @@ impl Passwords {
             Role::Admin => &self.admin,
             Role::Owner => &self.owner,
             Role::Replicator => &self.replicator,
+            Role::Monitor => &self.monitor,
+            Role::Reader => &self.reader,
         }
     }
 }
