@@ -85,14 +85,7 @@ impl Monitoring {
         let (exporters, targets) = exporters::start(parent, &dir, account.as_ref(), servers).await?;
         let prometheus = start_prometheus(parent, &dir, port, account.clone()).await?;
         let number = prometheus.port.number();
-        let mut monitoring = Self {
-            dir,
-            account,
-            prometheus,
-            exporters,
-            servers: targets,
-            rabbitmq: None,
-        };
+        let mut monitoring = Self { dir, account, prometheus, exporters, servers: targets, rabbitmq: None };
         monitoring.servers.push(Target::new("prometheus", "prometheus", number));
         monitoring.watch(&[], None)?;
         Ok(monitoring)
@@ -135,7 +128,9 @@ impl Monitoring {
     pub fn processes(&self) -> Vec<Process> {
         std::iter::once(&self.prometheus)
             .chain(&self.exporters)
-            .map(|Running { child, port }| Process::new(child.name(), child.pid(), port.number(), child.log()))
+            .map(|Running { child, port }| {
+                Process::new(child.name(), child.pid(), port.number(), child.log())
+            })
             .collect()
     }
 
@@ -212,7 +207,8 @@ mod tests {
 
     #[test]
     fn a_target_keeps_its_labels() {
-        let target = Target::new("redis", "redis-region1", 9121).label("__param_target", "redis://127.0.0.1:6379");
+        let target =
+            Target::new("redis", "redis-region1", 9121).label("__param_target", "redis://127.0.0.1:6379");
         let list: serde_json::Value = serde_json::from_str(&list(&[target])).unwrap();
         assert_eq!(
             list,

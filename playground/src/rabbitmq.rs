@@ -24,6 +24,8 @@ const READY: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(60);
 /// The plugin's default.
 const METRICS_PORT: u16 = 15_692;
+/// The broker writes such names 3 s late at most.
+const REGISTERED: Duration = Duration::from_secs(20);
 /// Debian's wrapper in /usr/sbin changes the user and writes to /var/log; this is what it wraps.
 const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 
@@ -164,6 +166,30 @@ impl RabbitMq {
         "tier0@localhost"
     }
 
+    /// Waits until the broker would know this quorum queue again after a kill.
+    ///
+    /// Before RabbitMQ 4.0 (`ra` 2.11) a new queue's name goes to disk up to 3 s after it was declared, its messages at once:
+    /// killed in between, the broker starts the queue as a new, empty one that never elects a leader. What it confirmed
+    /// by then is lost, and no client can tell (docs/decisions/0006-sessions.md).
+    ///
+    /// # Errors
+    /// When the queue is not declared, or not one of the default virtual host's quorum queues.
+    pub async fn until_registered(&mut self, queue: &str) -> anyhow::Result<()> {
+        let names = self.dir.join(format!("mnesia/{0}/quorum/{0}/names.dets", self.node()));
+        let entry = registration(queue)?;
+        let child = self.child.as_mut().context("rabbitmq does not run")?;
+        child
+            .until("has the queue's name on disk", REGISTERED, || async {
+                let held =
+                    tokio::fs::read(&names).await.with_context(|| format!("read {}", names.display()))?;
+                if held.windows(entry.len()).any(|part| part == entry) {
+                    return Ok(());
+                }
+                bail!("{queue} is not in {}", names.display())
+            })
+            .await
+    }
+
     /// `rabbitmqctl` against this broker.
     ///
     /// # Errors
@@ -257,6 +283,14 @@ impl RabbitMq {
             ("TIER0__RABBITMQ__PORT".into(), self.port().to_string()),
         ]
     }
+}
+
+/// A quorum queue's entry in the broker's table of names, as far as it is the same in all: the atom with its length, then
+/// the tag of a binary.
+fn registration(queue: &str) -> anyhow::Result<Vec<u8>> {
+    let name = format!("%2F_{queue}");
+    let length = u8::try_from(name.len()).with_context(|| format!("{name} is too long for an atom"))?;
+    Ok([&[length], name.as_bytes(), b"m"].concat())
 }
 
 /// The protocol header; a broker that is ready answers with Connection.Start (class 10, method 10) on channel 0.

@@ -11,6 +11,7 @@ mod screen;
 mod sessions;
 mod stack;
 mod summary;
+mod watching;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -107,6 +108,7 @@ async fn session(
     let started = Instant::now();
     stack.start_simulator(home, args).await?;
     stack.start_sessions(home, args)?;
+    stack.start_watching(home, args)?;
     home.write_state(&state(stack))?;
     let mut sampler = Sampler::new(started, began, before);
     let end = live(home, args, stack, interrupts, &mut sampler).await?;
@@ -166,8 +168,11 @@ async fn live(
                 look_for_first_row(stack, sampler).await;
             }
             _ = ticks.tick() => {
-                if stack.sessions.as_mut().is_some_and(sessions::Sessions::progress) {
+                if let Some(lines) = stack.progress()? {
                     home.write_state(&state(stack))?;
+                    if screen.is_none() {
+                        lines.into_iter().for_each(say);
+                    }
                 }
                 if stack.finished() {
                     return Ok(End::Finished);

@@ -178,6 +178,7 @@ async fn sessions_follow_their_newest_event_and_reports_are_kept() {
 async fn a_broker_killed_and_restarted_in_mid_stream_loses_nothing() {
     let mut stage = Stage::new(Options::alone(), |launch| launch).await;
     let publisher = stage.publisher(QUEUE).await;
+    stage.broker.until_registered(QUEUE).await.unwrap();
     publisher.publish(events(0, 1_000)).await;
     // Delivered, not yet committed: the broker dies with the acknowledgements outstanding.
     stage.cluster.primary_mut().pause(Reach::Tree);

@@ -156,8 +156,9 @@ impl Starter<'_> {
         let port = Port::near(wanted)?;
         let number = port.number();
         let log = self.parent.join(format!("{name}.log"));
-        let start =
-            Start::new(name, shipped::server(program)?, log).account(self.account.cloned()).args(args(number));
+        let start = Start::new(name, shipped::server(program)?, log)
+            .account(self.account.cloned())
+            .args(args(number));
         let start = environment.iter().fold(start, |start, (key, value)| start.env(*key, value));
         let mut child = start.spawn().await.with_context(|| format!("start {name}"))?;
         child.until("answers", READY, || answers(number, "/")).await?;

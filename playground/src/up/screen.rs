@@ -74,7 +74,7 @@ fn watch_keys(closed: &AtomicBool, interrupts: &Interrupts) {
 fn paint(frame: &mut Frame<'_>, history: &VecDeque<Sample>, sample: &Sample, standby_wanted: bool) {
     let [head, numbers, rate_chart, latency_chart, processes] = Layout::vertical([
         Constraint::Length(1),
-        Constraint::Length(9),
+        Constraint::Length(10),
         Constraint::Min(4),
         Constraint::Min(4),
         Constraint::Length(11),

@@ -6,17 +6,23 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use service::settings::{SettingsArgs, load as load_settings};
+use simulators::user::settings::UserSimulatorSettings;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use wire::rabbitmq::QueueType;
 use wire::sessions::SessionLedger;
 
-use super::stack::{CONSUMER_GRACE, SIMULATOR_GRACE, port, report};
-use crate::cli::{Part, UpArgs};
+use super::stack::{CONSUMER_GRACE, SIMULATOR_GRACE, taken, up_line};
+use crate::cli::{Part, UpArgs, say};
 use crate::cluster::Cluster;
 use crate::home::Process;
 use crate::metrics::Metrics;
+use crate::port::Port;
 use crate::postgres::Role;
 use crate::program::{Launch, Program};
 use crate::rabbitmq::{Ports, RabbitMq};
+use crate::shipped;
 use crate::verify::sessions::{SessionFindings, compare, read};
 
 const AMQP_PORT: u16 = 5672;
@@ -35,6 +41,8 @@ struct Running {
     simulator: Option<Program>,
     consumer: Option<Program>,
     broker: Option<RabbitMq>,
+    /// What an operator is told of the start.
+    lines: Vec<String>,
 }
 
 /// All of it, started or on its way.
@@ -42,6 +50,8 @@ struct Running {
 pub(super) struct Sessions {
     running: Running,
     starting: JoinSet<anyhow::Result<Running>>,
+    /// Nothing more is to be started: the run ends before all of it was up.
+    ending: CancellationToken,
     failure: Option<String>,
     ledger: PathBuf,
     /// Messages seen at the sample before, for the rate.
@@ -63,26 +73,23 @@ impl Sessions {
         let with = |part: Part| !args.without.contains(&part);
         let parts = (with(Part::Rabbitmq), with(Part::RabbitmqConsumer), with(Part::UserSimulator));
         let plan = (dir.to_owned(), cluster.environment(), ledger.clone(), args.seed);
-        starting.spawn(bring_up(plan, parts));
-        Ok(Self { running: Running::default(), starting, failure: None, ledger, last: None })
+        let ending = CancellationToken::new();
+        starting.spawn(bring_up(plan, parts, ending.clone()));
+        Ok(Self { running: Running::default(), starting, ending, failure: None, ledger, last: None })
     }
 
-    /// Takes over what has come up since; true when something has.
-    pub(super) fn progress(&mut self) -> bool {
-        match self.starting.try_join_next() {
-            Some(outcome) => {
-                self.take(outcome.map_err(anyhow::Error::from).flatten());
-                true
-            }
-            None => false,
-        }
+    /// Takes over what has come up since and returns what there is to say of it. `None` when nothing has.
+    pub(super) fn progress(&mut self) -> Option<Vec<String>> {
+        let outcome = self.starting.try_join_next()?;
+        Some(self.take(outcome.map_err(anyhow::Error::from).flatten()))
     }
 
-    fn take(&mut self, outcome: anyhow::Result<Running>) {
+    fn take(&mut self, outcome: anyhow::Result<Running>) -> Vec<String> {
         match outcome {
             Ok(running) => self.running = running,
             Err(error) => self.failure = Some(format!("{error:#}")),
         }
+        std::mem::take(&mut self.running.lines)
     }
 
     /// What ended unasked, or did not start.
@@ -102,7 +109,7 @@ impl Sessions {
     }
 
     pub(super) fn processes(&self) -> Vec<Process> {
-        let Running { simulator, consumer, broker } = &self.running;
+        let Running { simulator, consumer, broker, .. } = &self.running;
         let broker = broker.iter().map(|broker| ("rabbitmq", broker.pid(), broker.port(), broker.log()));
         let programs = [consumer, simulator].into_iter().flatten();
         let programs = programs.map(|program| (program.name(), program.pid(), program.port(), program.log()));
@@ -110,6 +117,16 @@ impl Sessions {
             .chain(programs)
             .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
             .collect()
+    }
+
+    /// Our programs of it that are up.
+    pub(super) fn programs(&self) -> impl Iterator<Item = &Program> {
+        [&self.running.consumer, &self.running.simulator].into_iter().flatten()
+    }
+
+    /// Where RabbitMQ tells Prometheus of itself.
+    pub(super) fn metrics_port(&self) -> Option<u16> {
+        self.running.broker.as_ref().map(RabbitMq::metrics_port)
     }
 
     /// Messages per second since the call before; `None` while there is no consumer.
@@ -132,8 +149,9 @@ impl Sessions {
     /// # Errors
     /// When something does not end in order.
     pub(super) async fn finish(&mut self, cluster: &Cluster) -> anyhow::Result<Option<SessionLedger>> {
+        self.ending.cancel();
         if let Some(outcome) = self.starting.join_next().await {
-            self.take(outcome.map_err(anyhow::Error::from).flatten());
+            self.take(outcome.map_err(anyhow::Error::from).flatten()).into_iter().for_each(say);
         }
         if let Some(failure) = &self.failure {
             bail!("{failure}");
@@ -171,7 +189,7 @@ impl Sessions {
     /// Stops the broker; our programs too, when they still run.
     pub(super) async fn stop(mut self) -> anyhow::Result<()> {
         self.starting.shutdown().await;
-        let Running { simulator, consumer, broker } = &mut self.running;
+        let Running { simulator, consumer, broker, .. } = &mut self.running;
         let mut outcome = Ok(());
         if let Some(simulator) = simulator {
             outcome = outcome.and(simulator.terminate(SIMULATOR_GRACE).await);
@@ -186,39 +204,66 @@ impl Sessions {
     }
 }
 
+impl Running {
+    fn port(&mut self, name: &str, wanted: u16) -> anyhow::Result<Port> {
+        let port = Port::near(wanted)?;
+        self.lines.extend(taken(name, wanted, port.number()));
+        Ok(port)
+    }
+}
+
+/// A server that is being started is waited for, whatever ends: killed in the middle of its first start it might leave data
+/// that no later run can use.
 async fn bring_up(
     (dir, cluster, ledger, seed): (PathBuf, Vec<(String, String)>, PathBuf, Option<u64>),
     (broker, consumer, simulator): (bool, bool, bool),
+    ending: CancellationToken,
 ) -> anyhow::Result<Running> {
     let mut running = Running::default();
     let mut environment = Vec::new();
     if broker {
         let started = Instant::now();
-        let ports = Ports::new(port("rabbitmq", AMQP_PORT)?, port("rabbitmq management", MANAGEMENT_PORT)?)?;
+        let amqp = running.port("rabbitmq", AMQP_PORT)?;
+        let ports = Ports::new(amqp, running.port("rabbitmq management", MANAGEMENT_PORT)?)?;
         let broker = RabbitMq::open(&dir, ports, true, &[]).await?;
         let note = format!("management on {}, guest/guest", broker.management_port());
-        report("rabbitmq", broker.port(), started, &note);
+        running.lines.push(up_line("rabbitmq", broker.port(), started, &note));
         environment = broker.environment();
         running.broker = Some(broker);
     }
-    if consumer {
+    if consumer && !ending.is_cancelled() {
         let started = Instant::now();
         let launch = Launch::new("rabbitmq-consumer").envs(cluster).envs(environment.clone());
-        let mut consumer = launch.start_on(&dir, port("rabbitmq-consumer", CONSUMER_PORT)?).await?;
+        let mut consumer = launch.start_on(&dir, running.port("rabbitmq-consumer", CONSUMER_PORT)?).await?;
         consumer.ready(READY).await?;
-        report("rabbitmq-consumer", consumer.port(), started, "/metrics /health");
+        running.lines.push(up_line("rabbitmq-consumer", consumer.port(), started, "/metrics /health"));
         running.consumer = Some(consumer);
+        // Nothing is published to a queue that a crash would lose.
+        if let Some(broker) = &mut running.broker {
+            let rabbitmq = settings()?.rabbitmq;
+            if rabbitmq.queue_type == QueueType::Quorum && rabbitmq.vhost == "/" {
+                broker.until_registered(&rabbitmq.queue).await?;
+            }
+        }
     }
-    if simulator {
+    if simulator && !ending.is_cancelled() {
         let started = Instant::now();
         let mut options = vec!["--ledger".to_owned(), ledger.display().to_string()];
         options.extend(seed.into_iter().flat_map(|seed| ["--seed".to_owned(), seed.to_string()]));
         let launch = Launch::new("user-simulator").envs(environment).args(options);
-        let simulator = launch.start_on(&dir, port("user-simulator", SIMULATOR_PORT)?).await?;
-        report("user-simulator", simulator.port(), started, "/metrics /health");
+        let mut simulator = launch.start_on(&dir, running.port("user-simulator", SIMULATOR_PORT)?).await?;
+        // Before that it would not know what to do with a SIGTERM.
+        simulator.ready(READY).await?;
+        running.lines.push(up_line("user-simulator", simulator.port(), started, "/metrics /health"));
         running.simulator = Some(simulator);
     }
     Ok(running)
+}
+
+/// As the programs we start read them.
+fn settings() -> anyhow::Result<UserSimulatorSettings> {
+    let args = SettingsArgs { config: shipped::config_path("tier0.toml").ok(), ..SettingsArgs::default() };
+    Ok(load_settings(&args, std::env::vars().collect())?)
 }
 
 /// The ledger of a run.

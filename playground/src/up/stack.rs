@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::sessions::Sessions;
+use super::watching::Watching;
 use crate::cli::{Part, UpArgs, say};
 use crate::cluster::{Cluster, Options};
 use crate::home::{Home, Process};
@@ -30,6 +31,7 @@ pub(super) const CONSUMER_GRACE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Stack {
     // Clients before servers: dropping goes in this order.
+    pub(super) watching: Option<Watching>,
     pub(super) sessions: Option<Sessions>,
     pub(super) simulator: Option<Program>,
     pub(super) consumer: Option<Program>,
@@ -53,7 +55,8 @@ impl Stack {
             anyhow::Ok(Some(broker))
         };
         let ((cluster, kept), broker) = tokio::try_join!(databases(dir, with(Part::Region2)), broker)?;
-        let mut stack = Self { sessions: None, simulator: None, consumer: None, broker, cluster, kept };
+        let mut stack =
+            Self { watching: None, sessions: None, simulator: None, consumer: None, broker, cluster, kept };
         if with(Part::MqttConsumer) {
             let started = Instant::now();
             let launch = Launch::new("mqtt-consumer").envs(stack.environment());
@@ -133,6 +136,31 @@ impl Stack {
         Ok(())
     }
 
+    /// Prometheus comes up beside the rest; nothing waits for it.
+    pub(super) fn start_watching(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {
+        if !args.without.contains(&Part::Monitoring) {
+            let mosquitto = self.broker.as_ref().map(Mosquitto::port);
+            self.watching = Some(Watching::start(home.data(), &self.cluster, mosquitto)?);
+        }
+        Ok(())
+    }
+
+    /// Takes over what has come up since and returns what there is to say of it. `None` when nothing has.
+    pub(super) fn progress(&mut self) -> anyhow::Result<Option<Vec<String>>> {
+        let sessions = self.sessions.as_mut().and_then(Sessions::progress);
+        let watching = self.watching.as_mut().and_then(Watching::progress);
+        if sessions.is_none() && watching.is_none() {
+            return Ok(None);
+        }
+        if let Some(watching) = &mut self.watching {
+            let telemetry = [&self.consumer, &self.simulator].into_iter().flatten();
+            let activity = self.sessions.iter().flat_map(Sessions::programs);
+            let rabbitmq = self.sessions.as_ref().and_then(Sessions::metrics_port);
+            watching.watch(telemetry.chain(activity), rabbitmq)?;
+        }
+        Ok(Some(sessions.into_iter().chain(watching).flatten().collect()))
+    }
+
     /// The simulator has sent what it was told to send (`-- --count N`) and ended well.
     pub(super) fn finished(&mut self) -> bool {
         self.simulator.as_mut().and_then(Program::ended).is_some_and(|status| status.success())
@@ -147,6 +175,9 @@ impl Stack {
             }
         }
         if let Some(what) = self.sessions.as_mut().and_then(Sessions::died) {
+            return Some(what);
+        }
+        if let Some(what) = self.watching.as_mut().and_then(Watching::died) {
             return Some(what);
         }
         for node in &mut self.cluster.nodes {
@@ -183,15 +214,19 @@ impl Stack {
             .chain(programs)
             .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
             .chain(self.sessions.iter().flat_map(Sessions::processes))
+            .chain(self.watching.iter().flat_map(Watching::processes))
             .collect()
     }
 
     /// Stops the servers; our programs are stopped by then.
     pub(super) async fn stop(mut self) -> anyhow::Result<()> {
-        let mut outcome = match self.sessions.take() {
-            Some(sessions) => sessions.stop().await,
+        let mut outcome = match self.watching.take() {
+            Some(watching) => watching.stop().await,
             None => Ok(()),
         };
+        if let Some(sessions) = self.sessions.take() {
+            outcome = outcome.and(sessions.stop().await);
+        }
         if let Some(simulator) = &mut self.simulator {
             outcome = outcome.and(simulator.terminate(SIMULATOR_GRACE).await);
         }
@@ -236,9 +271,7 @@ async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, bool)>
         Cluster::create_filled(dir, options, fill).await?
     };
     for (node, wanted) in cluster.nodes.iter().zip(POSTGRES_PORTS) {
-        if node.port() != wanted {
-            taken(node.name(), wanted, node.port());
-        }
+        taken(node.name(), wanted, node.port()).into_iter().for_each(say);
     }
     for (index, node) in cluster.nodes.iter().enumerate() {
         report(node.name(), node.port(), started, if index == 0 { "primary" } else { "synchronous standby" });
@@ -257,19 +290,23 @@ async fn fill(owner: tokio_postgres::Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
+fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
     let port = Port::near(wanted)?;
-    if port.number() != wanted {
-        taken(name, wanted, port.number());
-    }
+    taken(name, wanted, port.number()).into_iter().for_each(say);
     Ok(port)
 }
 
-fn taken(name: &str, wanted: u16, used: u16) {
-    say(format!("  {name}: port {wanted} is taken, using {used} instead"));
+/// What there is to say when a server got another port than it should have.
+pub(super) fn taken(name: &str, wanted: u16, used: u16) -> Option<String> {
+    (used != wanted).then(|| format!("  {name}: port {wanted} is taken, using {used} instead"))
 }
 
-pub(super) fn report(name: &str, port: u16, started: Instant, note: &str) {
+fn report(name: &str, port: u16, started: Instant, note: &str) {
+    say(up_line(name, port, started, note));
+}
+
+/// The line an operator sees when something is up.
+pub(super) fn up_line(name: &str, port: u16, started: Instant, note: &str) -> String {
     let address = format!("127.0.0.1:{port}");
-    say(format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64()));
+    format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64())
 }

@@ -12,8 +12,21 @@ use playground::scratch::Scratch;
 use serde_json::Value;
 use wire::ledger::Ledger;
 
-/// 2,000 messages a second: enough to see batches, few enough for a machine that runs other tests.
-const FLEET: [&str; 4] = ["--devices", "2000", "--interval", "1s"];
+/// 2,000 messages a second: enough to see batches, few enough for a machine that runs other tests. User activity is
+/// there where a test is about it: an Erlang machine takes long to start.
+const FLEET: [&str; 10] = [
+    "--devices",
+    "2000",
+    "--interval",
+    "1s",
+    "--without",
+    "rabbitmq",
+    "--without",
+    "rabbitmq-consumer",
+    "--without",
+    "user-simulator",
+];
+const WITH_SESSIONS: [&str; 4] = ["--devices", "2000", "--interval", "1s"];
 
 struct Tier0 {
     scratch: Scratch,
@@ -43,8 +56,11 @@ impl Tier0 {
 
     /// Starts `up` and returns when rows are committed.
     fn up(&self, args: &[&str]) -> Running {
-        let mut child =
-            self.command(&[&["up"], &FLEET[..], args].concat()).stdout(Stdio::piped()).spawn().unwrap();
+        self.up_with(&[&FLEET[..], args].concat())
+    }
+
+    fn up_with(&self, args: &[&str]) -> Running {
+        let mut child = self.command(&[&["up"], args].concat()).stdout(Stdio::piped()).spawn().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
         let mut running = Running { child, lines: Box::new(lines) };
         running.until("first row committed");
@@ -220,6 +236,60 @@ fn nothing_survives_a_killed_parent() {
     kill(running.pid(), Signal::SIGINT).unwrap();
     let (status, text) = running.end();
     assert_eq!(status, Some(0), "{text}");
+}
+
+/// RabbitMQ with its port mapper and its helpers too.
+#[test]
+fn no_part_of_user_activity_survives_a_killed_parent() {
+    let tier0 = Tier0::new();
+    let mut running = tier0.up_with(&WITH_SESSIONS);
+    running.until("user-simulator");
+    let below = playground::procfs::descendants(running.pid().as_raw());
+    let process = |pid: &i32| Process::new(&command_of(*pid), *pid, 0, std::path::Path::new(""));
+    let all: Vec<Process> = below.iter().map(process).collect();
+    for name in ["beam.smp", "epmd", "rabbitmq-consum", "user-simulator"] {
+        assert!(all.iter().any(|process| process.name == name), "{name} is not among {all:?}");
+    }
+    kill(running.pid(), Signal::SIGKILL).unwrap();
+    running.end();
+    wait_gone(&all);
+}
+
+/// As the kernel names it: the first 15 bytes.
+fn command_of(pid: i32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()
+}
+
+#[test]
+fn user_activity_is_exact_and_verified_afterwards() {
+    let tier0 = Tier0::new();
+    let summary = tier0.scratch.path().join("summary.json");
+    // Twice on the same data: a queue and a table that are there already.
+    for seed in ["1", "2"] {
+        let mut running = tier0.up_with(
+            &[&WITH_SESSIONS[..], &["--seed", seed, "--summary", summary.to_str().unwrap()]].concat(),
+        );
+        running.until("user-simulator");
+        // Two lines of the view: a second of activity.
+        running.until("  sessions ");
+        running.until("  sessions ");
+        kill(running.pid(), Signal::SIGINT).unwrap();
+        let (status, text) = running.end();
+        assert_eq!(status, Some(0), "{text}");
+        let summary = tier0.summary();
+        assert_eq!(summary["verdict"], "exact", "{text}");
+        assert!(summary["sessions"].as_u64().unwrap() > 0, "{text}");
+        assert!(summary["session_messages"].as_u64() >= summary["sessions"].as_u64(), "{text}");
+    }
+    let (output, text) = tier0.run(&["verify"]);
+    assert!(output.status.success() && text.contains("verdict: exact"), "{text}");
+    let change = "UPDATE user_sessions SET last_activity = last_activity - interval '1us' WHERE session_id IN \
+                  (SELECT session_id FROM user_sessions ORDER BY last_activity DESC LIMIT 1)";
+    let (output, text) = tier0.run(&["psql", "region1", "--", "-Atc", change]);
+    assert!(output.status.success() && text.contains("UPDATE 1"), "{text}");
+    let (output, text) = tier0.run(&["verify"]);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("session"), "{text}");
 }
 
 #[test]
