@@ -239,6 +239,11 @@ impl Server {
     }
 
     #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    #[must_use]
     pub fn port(&self) -> u16 {
         self.port.number()
     }

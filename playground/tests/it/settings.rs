@@ -30,14 +30,15 @@ fn printed(program: &str, args: &[&str]) -> Vec<String> {
 fn the_shipped_file_states_the_defaults_and_every_key() {
     let path = shipped::config_path("tier0.toml").unwrap();
     let text = std::fs::read_to_string(&path).unwrap();
-    for program in [
+    const PROGRAMS: [&str; 6] = [
         "mqtt-consumer",
-        "rabbitmq-consumer",
         "device-simulator",
+        "rabbitmq-consumer",
         "user-simulator",
         "region-agent",
         "failover-orchestrator",
-    ] {
+    ];
+    for program in PROGRAMS {
         let defaults = printed(program, &[]);
         assert!(defaults.len() > 15, "{defaults:?}");
         assert_eq!(printed(program, &["--config", path.to_str().unwrap()]), defaults, "{program}");

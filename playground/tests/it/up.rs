@@ -14,7 +14,7 @@ use wire::ledger::Ledger;
 
 /// 2,000 messages a second: enough to see batches, few enough for a machine that runs other tests. User activity is
 /// there where a test is about it: an Erlang machine takes long to start.
-const FLEET: [&str; 10] = [
+const FLEET: [&str; 12] = [
     "--devices",
     "2000",
     "--interval",
@@ -25,8 +25,10 @@ const FLEET: [&str; 10] = [
     "rabbitmq-consumer",
     "--without",
     "user-simulator",
+    "--without",
+    "monitoring",
 ];
-const WITH_SESSIONS: [&str; 4] = ["--devices", "2000", "--interval", "1s"];
+const WITH_SESSIONS: [&str; 6] = ["--devices", "2000", "--interval", "1s", "--without", "monitoring"];
 
 struct Tier0 {
     scratch: Scratch,
