@@ -75,7 +75,8 @@ async fn every_panel_of_every_dashboard_shows_something() {
     for rule in &rules {
         assert_eq!(rule.health, "ok", "{}: {}", rule.name, rule.error);
         let series = ask::series(&rule.query);
-        missing.extend(series.into_iter().filter(|name| !names.contains(name)).map(|name| (name, &rule.name)));
+        missing
+            .extend(series.into_iter().filter(|name| !names.contains(name)).map(|name| (name, &rule.name)));
         let firing = rule.critical && rule.state == "firing";
         assert!(!firing, "{} fires in a healthy system: {}", rule.name, rule.query);
     }

@@ -43,7 +43,8 @@ impl Prometheus {
             self.get("query", &[("query", query)]).await?
         } else {
             let (start, end) = ((now - 300).to_string(), now.to_string());
-            self.get("query_range", &[("query", query), ("start", &start), ("end", &end), ("step", "5")]).await?
+            self.get("query_range", &[("query", query), ("start", &start), ("end", &end), ("step", "5")])
+                .await?
         };
         let series = data["result"].as_array().context("a list of series")?;
         let is_number = |sample: &Value| sample[1].as_str().is_some_and(|text| text != "NaN");
@@ -85,12 +86,25 @@ impl Prometheus {
 /// The series an expression reads: words that are no function, no keyword, no label and no text.
 pub(super) fn series(query: &str) -> BTreeSet<String> {
     const KEYWORDS: [&str; 13] = [
-        "and", "or", "unless", "bool", "offset", "by", "on", "without", "ignoring", "group_left", "group_right",
-        "inf", "nan",
+        "and",
+        "or",
+        "unless",
+        "bool",
+        "offset",
+        "by",
+        "on",
+        "without",
+        "ignoring",
+        "group_left",
+        "group_right",
+        "inf",
+        "nan",
     ];
     let mut found = BTreeSet::new();
     let mut rest = query;
-    while let Some(at) = rest.find(|c: char| c.is_ascii_alphabetic() || c == '_' || c == '{' || c == '[' || c == '"') {
+    while let Some(at) =
+        rest.find(|c: char| c.is_ascii_alphabetic() || c == '_' || c == '{' || c == '[' || c == '"')
+    {
         let (head, tail) = rest.split_at(at);
         // The unit of a number, as in 5m or 1e6.
         let in_number = head.ends_with(|c: char| c.is_ascii_digit());
@@ -136,7 +150,10 @@ fn finds_the_series_of_an_expression() {
     let cases: [(&str, &[&str]); 5] = [
         ("up == 0", &["up"]),
         ("1 - sum by (job) (rate(a_bucket{le=\"1\"}[5m])) / sum(rate(b[1h] offset 15m))", &["a_bucket", "b"]),
-        ("(x > 1e6 and on (site_id) y{z=~\"w\"} < bool 5) or absent(job:v:ratio_5m)", &["x", "y", "job:v:ratio_5m"]),
+        (
+            "(x > 1e6 and on (site_id) y{z=~\"w\"} < bool 5) or absent(job:v:ratio_5m)",
+            &["x", "y", "job:v:ratio_5m"],
+        ),
         ("{__name__=~\"a|b\"} == 0", &[]),
         ("time() - max(t > 0) > 900", &["t"]),
     ];
@@ -149,7 +166,9 @@ fn finds_the_series_of_an_expression() {
 fn encode(text: &str) -> String {
     text.bytes()
         .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => char::from(byte).to_string(),
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                char::from(byte).to_string()
+            }
             other => format!("%{other:02X}"),
         })
         .collect()

@@ -52,7 +52,8 @@ pub(super) fn dashboards() -> Vec<Dashboard> {
 fn load(json: &Value) -> Dashboard {
     let uid = json["uid"].as_str().unwrap().to_owned();
     assert_eq!(json["schemaVersion"], 39, "{uid}");
-    let provisioned = std::fs::read_to_string(root().join("grafana/provisioning/datasources/tier0.yml")).unwrap();
+    let provisioned =
+        std::fs::read_to_string(root().join("grafana/provisioning/datasources/tier0.yml")).unwrap();
     let mut variables = Vec::new();
     for variable in json["templating"]["list"].as_array().unwrap() {
         if variable["type"] != "query" {
@@ -106,7 +107,8 @@ fn load(json: &Value) -> Dashboard {
 pub(super) fn replace(text: &str, variables: &[(String, Vec<String>)]) -> String {
     let mut text = text.replace("$__rate_interval", "20s");
     for (name, values) in variables {
-        let quoted: Vec<String> = values.iter().map(|value| format!("'{}'", value.replace('\'', "''"))).collect();
+        let quoted: Vec<String> =
+            values.iter().map(|value| format!("'{}'", value.replace('\'', "''"))).collect();
         text = text.replace(&format!("${{{name}:sqlstring}}"), &quoted.join(","));
         text = text.replace(&format!("${name}"), &format!("({})", values.join("|")));
     }

@@ -51,9 +51,18 @@ impl Stage {
             Launch::new("mqtt-consumer").envs(cluster.environment()).envs(mosquitto.environment()),
             Launch::new("rabbitmq-consumer").envs(cluster.environment()).envs(rabbitmq.environment()),
             Launch::new("device-simulator").envs(mosquitto.environment()).args([
-                "--devices", "2000", "--interval", "1s", "--trouble", "not_json=0.002", "--trouble", "duplicate=0.01",
+                "--devices",
+                "2000",
+                "--interval",
+                "1s",
+                "--trouble",
+                "not_json=0.002",
+                "--trouble",
+                "duplicate=0.01",
             ]),
-            Launch::new("user-simulator").envs(rabbitmq.environment()).args(["--users", "500", "--rate", "50"]),
+            Launch::new("user-simulator")
+                .envs(rabbitmq.environment())
+                .args(["--users", "500", "--rate", "50"]),
         ];
         let mut programs = Vec::new();
         for launch in launches {
@@ -142,9 +151,10 @@ fn agent(scratch: &Scratch, cluster: &Cluster, index: usize) -> Launch {
 }
 
 fn orchestrator(scratch: &Scratch, cluster: &Cluster, agents: &[Program]) -> Launch {
-    let nodes = cluster.nodes.iter().zip(agents).map(|(node, agent)| {
-        format!("{}=127.0.0.1:{}/127.0.0.1:{}", node.name(), node.port(), agent.port())
-    });
+    let nodes =
+        cluster.nodes.iter().zip(agents).map(|(node, agent)| {
+            format!("{}=127.0.0.1:{}/127.0.0.1:{}", node.name(), node.port(), agent.port())
+        });
     Launch::new("failover-orchestrator")
         .set("orchestrator.dir", scratch.path().join("orchestrator").display())
         .set("orchestrator.nodes", nodes.collect::<Vec<_>>().join(","))
