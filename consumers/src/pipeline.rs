@@ -62,6 +62,7 @@ impl Pipeline<'_> {
         let maintenance = Maintenance {
             database: database.clone(),
             settings: ingest.clone(),
+            metrics: metrics.clone(),
             migrate: self.migrate,
             partitions: self.partitions,
         };
@@ -80,8 +81,11 @@ impl Pipeline<'_> {
                 database: database.clone(),
                 metrics: metrics.clone(),
             };
+            let shutdown = process.shutdown();
             process.start(format!("writer-{number}"), async move {
                 writer.run().await;
+                // A source that has all it wants closes the queue itself, and the process ends when it has said goodbye.
+                shutdown.cancelled().await;
                 Ok(())
             });
         }

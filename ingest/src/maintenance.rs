@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::database::Database;
 use crate::failure::WriteError;
+use crate::metrics::Metrics;
 use crate::partitions::{self, Layout};
 use crate::schema;
 use crate::settings::IngestSettings;
@@ -32,6 +33,7 @@ const PERIOD: Duration = Duration::from_secs(2);
 pub struct Maintenance {
     pub database: Database,
     pub settings: IngestSettings,
+    pub metrics: Metrics,
     /// Bring the schema up to date first.
     pub migrate: bool,
     /// Make, index and drop the partitions of telemetry. A process that writes none leaves them alone, since its
@@ -52,7 +54,10 @@ impl Maintenance {
             match outcome {
                 Ok(()) => {}
                 Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), again_in = ?wait, "upkeep of the tables failed")
+                    self.metrics.upkeep_failures.inc();
+                    // Another process may be elected now.
+                    self.metrics.partitions_ahead.set(0);
+                    tracing::warn!(error = format!("{error:#}"), again_in = ?wait, "upkeep of the tables failed");
                 }
             }
             tokio::select! {
@@ -86,7 +91,9 @@ impl Maintenance {
         tracing::info!("elected to keep the partitions");
         let mut elected = Elected { client, layout: Layout::new(&self.settings) };
         loop {
-            timeout(UPKEEP_TIMEOUT, elected.upkeep()).await??;
+            let ahead = timeout(UPKEEP_TIMEOUT, elected.upkeep()).await??;
+            self.metrics.partitions_ahead.set(i64::try_from(ahead).unwrap_or(i64::MAX));
+            self.metrics.upkeep_succeeded.set(jiff::Timestamp::now().as_millisecond() as f64 / 1e3);
             backoff.reset();
             sleep(PERIOD).await;
         }
@@ -125,7 +132,8 @@ struct Elected {
 }
 
 impl Elected {
-    async fn upkeep(&mut self) -> Result<(), WriteError> {
+    /// Returns how many partitions are ahead of the clock.
+    async fn upkeep(&mut self) -> Result<usize, WriteError> {
         let now = jiff::Timestamp::now().as_microsecond();
         let (oldest, _) = self.layout.window(now);
         partitions::finish_drops(&self.client).await?;
@@ -134,7 +142,8 @@ impl Elected {
             tracing::info!(made, "partitions made");
         }
         // The newest first: they are asked for most.
-        for partition in partitions::list(&self.client).await?.iter().rev() {
+        let list = partitions::list(&self.client).await?;
+        for partition in list.iter().rev() {
             if partition.span.1 <= oldest {
                 partitions::drop_expired(&self.client, partition).await?;
                 tracing::info!(partition = partition.name, "partition dropped: older than the retention");
@@ -143,6 +152,6 @@ impl Elected {
                 tracing::debug!(partition = partition.name, "per-device index built");
             }
         }
-        Ok(())
+        Ok(list.iter().filter(|partition| partition.span.0 > now).count())
     }
 }

@@ -3,7 +3,7 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
 };
 
 use crate::census::Readings;
@@ -28,6 +28,10 @@ pub struct Metrics {
     pub unknown_errors: IntCounter,
     pub merges: IntCounter,
     pub isolations: IntCounter,
+    /// Of the one elected process; the others say 0.
+    pub partitions_ahead: IntGauge,
+    pub upkeep_succeeded: Gauge,
+    pub upkeep_failures: IntCounter,
 }
 
 /// From half a millisecond to five minutes: what is slower than that is an outage, not a latency.
@@ -121,6 +125,25 @@ impl Metrics {
                 registry,
                 "ingest_isolations_total",
                 "Batches in which rows refused by the database were isolated",
+            )?,
+            partitions_ahead: register(
+                registry,
+                IntGauge::new(
+                    "ingest_partitions_ahead",
+                    "Partitions whose time has not begun; 0 unless elected to the upkeep, so take the maximum",
+                )?,
+            )?,
+            upkeep_succeeded: register(
+                registry,
+                Gauge::new(
+                    "ingest_upkeep_last_success_timestamp_seconds",
+                    "When this process last finished the upkeep of the partitions, seconds since 1970; 0: never elected",
+                )?,
+            )?,
+            upkeep_failures: counter(
+                registry,
+                "ingest_upkeep_failures_total",
+                "Tries to prepare the tables or to keep the partitions that failed and are repeated",
             )?,
         };
         for reason in Reason::ALL {

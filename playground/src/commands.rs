@@ -22,7 +22,7 @@ const DRAIN: Duration = Duration::from_secs(600);
 /// A reading acknowledged just before the ledger's snapshot is committed soon after.
 const SETTLE: Duration = Duration::from_secs(15);
 
-/// What runs. Exit status 0 when everything that was started still does, 3 when nothing runs.
+/// What runs. Exit status 0 when everything that was started still does, 1 when not or not yet, 3 when nothing runs.
 ///
 /// # Errors
 /// When the state cannot be read.
@@ -32,6 +32,15 @@ pub async fn status(home: &Home) -> anyhow::Result<ExitCode> {
         say("nothing runs (tier0 up starts it)");
         return Ok(ExitCode::from(3));
     };
+    if state.processes.is_empty() {
+        say(format!(
+            "tier0 up (pid {}) is starting since {}, data in {}",
+            up.pid,
+            since(&up),
+            home.data().display()
+        ));
+        return Ok(ExitCode::FAILURE);
+    }
     say(format!("up since {}, data in {}", since(&up), home.data().display()));
     let mut good = true;
     for process in &state.processes {
@@ -81,7 +90,9 @@ pub async fn down(home: &Home, now: bool) -> anyhow::Result<ExitCode> {
     };
     let signal = if now { Signal::SIGKILL } else { Signal::SIGTERM };
     kill(Pid::from_raw(up.pid), signal).with_context(|| format!("send {signal} to {}", up.pid))?;
-    if !now {
+    if state.processes.is_empty() {
+        say("it is still starting: stopping it");
+    } else if !now {
         say("draining: the verdict is printed where `tier0 up` runs");
     }
     // Its servers die with it; their data is free when they are gone.
@@ -221,15 +232,16 @@ pub async fn verify(home: &Home, json: bool, file: Option<&Path>) -> anyhow::Res
     let of_sessions = of_sessions.map(|path| up::load_session_ledger(&path)).transpose()?;
     let nodes = Nodes::find(home).await?;
     let passwords = Cluster::passwords(home.data())?;
-    let scope =
-        home.run()?.map_or(Scope::Everything, |run| Scope::Run { first_transaction: run.first_transaction });
+    let run = home.run()?;
+    let scope = run.map_or(Scope::Everything, |run| Scope::Run { first_transaction: run.first_transaction });
+    let retention = run.and_then(|run| run.retention);
     let deadline = Instant::now() + SETTLE;
     let report = loop {
         let (mut findings, mut sessions) = (Vec::new(), Vec::new());
         for (name, port) in nodes.list() {
             let mut db = connect(&connection(port, &passwords, Role::Owner)).await?;
             let stored = read(&mut db, &ledger, scope).await.with_context(|| format!("look into {name}"))?;
-            findings.push(compare(&name, &ledger, &stored));
+            findings.push(compare(&name, &ledger, &stored.within(retention)));
             if let Some(ledger) = &of_sessions {
                 let stored = verify::sessions::read(&db, ledger).await;
                 let stored = stored.with_context(|| format!("look into {name}"))?;

@@ -7,6 +7,7 @@ use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use nix::fcntl::{Flock, FlockArg};
@@ -38,6 +39,9 @@ pub struct State {
 pub struct Run {
     /// Rows of earlier runs were written by earlier transactions.
     pub first_transaction: u32,
+    /// How long the consumer's tables keep a reading.
+    #[serde(default)]
+    pub retention: Option<Duration>,
 }
 
 /// One process and how to know it again.

@@ -5,6 +5,7 @@
 
 mod finish;
 mod interrupt;
+mod leftovers;
 mod plain;
 pub mod sample;
 mod screen;
@@ -18,10 +19,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use ingest::settings::IngestSettings;
+use serde::{Deserialize, Serialize};
+use service::settings::{self, Settings, SettingsArgs};
 
 use crate::cli::{UpArgs, say};
-use crate::home::{Home, Process, Run, State};
+use crate::home::{Home, Lock, Process, Run, State};
 use crate::postgres::Role;
+use crate::shipped;
 use crate::verify::stored;
 pub(crate) use finish::load_file as load_ledger;
 use interrupt::Interrupts;
@@ -59,8 +64,22 @@ pub async fn run(home: &Home, args: UpArgs) -> anyhow::Result<ExitCode> {
         bail!("tier0 is already up here (tier0 status shows it, tier0 down ends it)");
     };
     let mut interrupts = Interrupts::listen()?;
+    // Without processes it says that we are starting.
+    home.write_state(&State { up: Some(me()), processes: Vec::new() })?;
+    let outcome = owning(home, &args, &lock, &mut interrupts, began).await;
+    also(outcome, home.write_state(&State::default()))
+}
+
+/// From the start to the stop of everything; what is left is the state to be cleared.
+async fn owning(
+    home: &Home,
+    args: &UpArgs,
+    lock: &Lock,
+    interrupts: &mut Interrupts,
+    began: Instant,
+) -> anyhow::Result<ExitCode> {
     if args.fresh {
-        home.clear(&lock)?;
+        home.clear(lock)?;
     }
     if home.is_elsewhere() {
         say(format!(
@@ -69,23 +88,55 @@ pub async fn run(home: &Home, args: UpArgs) -> anyhow::Result<ExitCode> {
         ));
     }
     let mut stack = tokio::select! {
-        stack = Stack::start(home.data(), &args) => stack?,
+        stack = Stack::start(home.data(), args) => stack?,
         () = interrupts.at_least(1) => return Ok(aborted()),
     };
     home.write_state(&state(&mut stack))?;
     let mut watched = interrupts.clone();
     let result = tokio::select! {
-        result = session(home, &args, &mut stack, &mut watched, began) => result,
+        result = session(home, args, &mut stack, &mut watched, began) => result,
         () = interrupts.at_least(2) => Ok(aborted()),
     };
     if matches!(&result, Ok(code) if *code == ExitCode::from(ABORTED)) {
-        drop(stack);
-    } else {
-        stack.stop().await?;
-        home.delete_old(&lock)?;
+        return result;
     }
-    home.write_state(&State::default())?;
-    result
+    match interruptible(stack.stop(), interrupts).await {
+        Some(stopped) => also(result, stopped.and_then(|()| home.delete_old(lock))),
+        None => Ok(aborted()),
+    }
+}
+
+/// Stopping what runs. `None` when it was interrupted: what still ran is killed.
+async fn interruptible(
+    stop: impl Future<Output = anyhow::Result<()>>,
+    interrupts: &mut Interrupts,
+) -> Option<anyhow::Result<()>> {
+    let mut first = interrupts.clone();
+    let asked_before = first.count() > 0;
+    let say_how = async {
+        first.at_least(1).await;
+        if !asked_before {
+            say("stopping (Ctrl-C again ends it at once)");
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        stopped = stop => Some(stopped),
+        () = interrupts.at_least(2) => None,
+        () = say_how => None,
+    }
+}
+
+/// The outcome of the run; a failure of what came after it is told, and never hides the run's own.
+fn also(outcome: anyhow::Result<ExitCode>, after: anyhow::Result<()>) -> anyhow::Result<ExitCode> {
+    match (outcome, after) {
+        (outcome, Ok(())) => outcome,
+        (Ok(code), Err(error)) if code == ExitCode::SUCCESS => Err(error),
+        (outcome, Err(error)) => {
+            say(format!("and the end failed too: {error:#}"));
+            outcome
+        }
+    }
 }
 
 fn aborted() -> ExitCode {
@@ -101,9 +152,9 @@ async fn session(
     interrupts: &mut Interrupts,
     began: Instant,
 ) -> anyhow::Result<ExitCode> {
-    stack.take_leftovers().await?;
+    leftovers::take(stack).await?;
     let first_transaction = stored::next_transaction(&*stack.cluster.connect(Role::Owner).await?).await?;
-    home.write_run(Run { first_transaction })?;
+    home.write_run(Run { first_transaction, retention: Some(retention()?) })?;
     let before = stack.consumer_metrics().await;
     let started = Instant::now();
     stack.start_simulator(home, args).await?;
@@ -224,10 +275,61 @@ async fn wait_first_row(stack: &Stack, interrupts: &mut Interrupts, sampler: &mu
     }
 }
 
+/// How long the consumer will keep readings: its settings, read as it reads them.
+fn retention() -> anyhow::Result<Duration> {
+    let config = shipped::config_path("tier0.toml").ok();
+    let args = SettingsArgs { config, ..SettingsArgs::default() };
+    let settings: TableSettings = settings::load(&args, std::env::vars().collect())?;
+    Ok(settings.ingest.retention)
+}
+
+/// What of the settings says how the tables are kept.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct TableSettings {
+    ingest: IngestSettings,
+}
+
+impl Settings for TableSettings {
+    const SECTIONS: &'static [&'static str] = &["ingest"];
+
+    fn check(&self) -> Result<(), String> {
+        self.ingest.check()
+    }
+}
+
+fn me() -> Process {
+    let pid = i32::try_from(std::process::id()).unwrap_or_default();
+    Process::new("tier0 up", pid, 0, std::path::Path::new(""))
+}
+
 fn state(stack: &mut Stack) -> State {
-    let me = i32::try_from(std::process::id()).unwrap_or_default();
-    State {
-        up: Some(Process::new("tier0 up", me, 0, std::path::Path::new(""))),
-        processes: stack.processes(),
+    State { up: Some(me()), processes: stack.processes() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_runs_own_failure_is_not_hidden_by_a_later_one() {
+        let later = || Err(anyhow::anyhow!("later"));
+        let text = |outcome: anyhow::Result<ExitCode>| outcome.map_err(|error| error.to_string());
+        assert_eq!(text(also(Err(anyhow::anyhow!("first")), later())), Err("first".into()));
+        assert_eq!(text(also(Ok(ExitCode::SUCCESS), later())), Err("later".into()));
+        assert_eq!(text(also(Ok(ExitCode::FAILURE), later())), Ok(ExitCode::FAILURE));
+        assert_eq!(text(also(Ok(ExitCode::SUCCESS), Ok(()))), Ok(ExitCode::SUCCESS));
+    }
+
+    #[tokio::test]
+    async fn a_stop_that_hangs_ends_at_the_second_interrupt() {
+        let mut interrupts = Interrupts::listen().unwrap();
+        let counter = interrupts.clone();
+        assert!(interruptible(async { Ok(()) }, &mut interrupts).await.is_some());
+        // The first one is for draining, or for asking politely.
+        counter.count_one();
+        assert!(interruptible(async { Ok(()) }, &mut interrupts).await.is_some());
+        counter.count_one();
+        assert!(interruptible(std::future::pending(), &mut interrupts).await.is_none());
     }
 }

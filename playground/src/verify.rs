@@ -44,6 +44,9 @@ pub struct Findings {
     pub dead_letters_lost: u64,
     /// Dead letters beyond those that were acknowledged or in doubt: a good reading refused, or one recorded twice.
     pub dead_letters_extra: u64,
+    /// Acknowledged readings of devices whose first ones are older than the retention, and that are not stored: dropped
+    /// by design or lost, which nobody can tell any more.
+    pub outside_retention: u64,
     /// The ledger is a snapshot from mid-run: more may be stored than it says, so only losses are found.
     pub incomplete_ledger: bool,
     /// QoS 0: nothing was acknowledged, so a loss breaks no promise.
@@ -88,6 +91,10 @@ impl Findings {
                     },
                 );
             }
+        }
+        if self.outside_retention > 0 {
+            let found = if wrong.is_empty() { "nothing wrong".to_owned() } else { wrong.join(", ") };
+            return format!("{found}; {} outside the retention, not checked", self.outside_retention);
         }
         match (wrong.is_empty(), self.incomplete_ledger, self.qos0) {
             (true, false, _) => "exact".into(),
@@ -234,7 +241,15 @@ pub fn compare(node: &str, ledger: &Ledger, stored: &Stored) -> Findings {
         ledger.devices.keys().chain(stored.devices.keys().filter(|id| !ledger.devices.contains_key(*id)));
     for id in ids {
         let (acknowledged, found) = (ledger.devices.get(id).copied(), stored.devices.get(id).copied());
-        if weigh(&mut findings, acknowledged.unwrap_or_default(), found.unwrap_or_default()) {
+        let (expected, there) = (acknowledged.unwrap_or_default(), found.unwrap_or_default());
+        let partly_dropped =
+            expected.count > 0 && stored.horizon_us.is_some_and(|horizon| expected.first_us < horizon);
+        let differs = if partly_dropped {
+            weigh_the_end(&mut findings, expected, there, stored.horizon_us.unwrap_or(i64::MIN))
+        } else {
+            weigh(&mut findings, expected, there)
+        };
+        if differs {
             findings.differing += 1;
             if findings.examples.len() < LISTED {
                 findings.examples.push(Difference { device_id: id.clone(), acknowledged, stored: found });
@@ -265,6 +280,24 @@ fn weigh(findings: &mut Findings, acknowledged: Tally, stored: Tally) -> bool {
         std::cmp::Ordering::Equal => findings.altered += 1,
     }
     true
+}
+
+/// As [`weigh`] for a device whose first readings may have been dropped: what is missing cannot be told from what was
+/// dropped, so it is counted apart; more rows than readings, or a newest one that is not there, are wrong all the same.
+fn weigh_the_end(findings: &mut Findings, acknowledged: Tally, stored: Tally, horizon_us: i64) -> bool {
+    if stored.count > acknowledged.count {
+        return weigh(findings, acknowledged, stored);
+    }
+    let mut missing = acknowledged.count - stored.count;
+    let newest_kept = acknowledged.last_us >= horizon_us;
+    let newest_stored = stored.count > 0 && stored.last_us >= acknowledged.last_us;
+    let lost = newest_kept && !newest_stored;
+    if lost {
+        findings.lost += 1;
+        missing -= 1;
+    }
+    findings.outside_retention += missing;
+    lost
 }
 
 #[cfg(test)]
@@ -358,6 +391,35 @@ mod tests {
         assert!(findings.holds());
         assert_eq!(findings.verdict(), "lost 3 (QoS 0)");
         assert!(!compare("x", &qos0, &more).holds(), "but nothing may be made up");
+    }
+
+    #[test]
+    fn what_the_retention_dropped_is_counted_and_never_called_exact_or_lost() {
+        // "a" began before the horizon, "b" did not.
+        let horizon =
+            |horizon_us: i64| move |stored: Stored| Stored { horizon_us: Some(horizon_us), ..stored };
+        let look = |a: &[i64], b: &[i64], us: i64| compare("x", &ledger(), &horizon(us)(stored(a, b)));
+        for (a, b, us, verdict, holds) in [
+            (GOOD.0, GOOD.1, 1_000_000, "exact", true),
+            (GOOD.0, GOOD.1, 1_500_000, "exact", true),
+            (
+                &[2_000_000, 3_000_000][..],
+                GOOD.1,
+                1_500_000,
+                "nothing wrong; 1 outside the retention, not checked",
+                true,
+            ),
+            (&[3_000_000], GOOD.1, 1_500_000, "nothing wrong; 2 outside the retention, not checked", true),
+            // The newest one is young enough to be there.
+            (&[2_000_000], GOOD.1, 1_500_000, "lost 1; 1 outside the retention, not checked", false),
+            (&[], GOOD.1, 1_500_000, "lost 1; 2 outside the retention, not checked", false),
+            (&[], GOOD.1, 4_000_000, "nothing wrong; 3 outside the retention, not checked", true),
+            (&[3_000_000], &[], 1_500_000, "lost 1; 2 outside the retention, not checked", false),
+            (&[1_000_000, 2_000_000, 3_000_000, 4_000_000], GOOD.1, 1_500_000, "extra 1", false),
+        ] {
+            let findings = look(a, b, us);
+            assert_eq!((findings.verdict().as_str(), findings.holds()), (verdict, holds), "{a:?} {us}");
+        }
     }
 
     #[test]

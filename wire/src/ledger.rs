@@ -64,6 +64,18 @@ pub struct Ledger {
     pub unknown: Vec<(String, i64)>,
     /// Messages sent but not acknowledged that would end as a dead letter if the broker took them.
     pub unknown_dead_letters: u64,
+    /// Messages the broker did not accept, by its reason. They are nowhere, and nobody was promised otherwise.
+    #[serde(default)]
+    pub refused: BTreeMap<String, u64>,
+    /// Messages never made because they were due too long ago.
+    #[serde(default)]
+    pub skipped: u64,
+    /// Messages sent again because a connection was lost.
+    #[serde(default)]
+    pub resent: u64,
+    /// Acknowledged messages with something wrong on purpose, by what is wrong.
+    #[serde(default)]
+    pub trouble: BTreeMap<String, u64>,
 }
 
 impl Ledger {

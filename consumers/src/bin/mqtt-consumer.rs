@@ -23,32 +23,39 @@ use service::{http, process};
   mqtt-consumer --config config/tier0.toml
   TIER0__DATABASE__PASSWORD_FILE=/run/secrets/db mqtt-consumer --set mqtt.host=broker.example --set http.port=9101
   mqtt-consumer --print-config
+  mqtt-consumer --leave --set mqtt_consumer.client_id=member-b --set mqtt_consumer.filter='$share/ingest/og/field/#'
 
 SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
-Exit status: 0 drained, 1 failed, 78 bad settings."
+Exit status: 0 drained (with --leave: left), 1 failed, 78 bad settings."
 )]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,
+    /// Leave for good: unsubscribe the stopped member of this client id, commit what the broker holds for it, end its
+    /// session, exit. Without this a member that is not started again is dealt messages that nobody reads
+    #[arg(long)]
+    leave: bool,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let run = |settings| run(settings, args.leave);
     process::main(&args.settings, |settings: &MqttConsumerSettings| &settings.log, run)
 }
 
-async fn run(settings: MqttConsumerSettings) -> anyhow::Result<()> {
+async fn run(settings: MqttConsumerSettings, leave: bool) -> anyhow::Result<()> {
     let registry = http::registry()?;
     let health = Health::default();
     let mut process = Process::default();
     let listener = http::bind(&settings.http).await?;
     process.serve(listener, http::routes(registry.clone(), health.clone()));
-    start_pipeline(&settings, &registry, &health, &mut process)?;
+    start_pipeline(&settings, leave, &registry, &health, &mut process)?;
     process.run(settings.mqtt_consumer.grace).await
 }
 
 fn start_pipeline(
     settings: &MqttConsumerSettings,
+    leave: bool,
     registry: &Registry,
     health: &Health,
     process: &mut Process,
@@ -73,8 +80,13 @@ fn start_pipeline(
     process.start("source", async move {
         // Reading starts when there is a table to write to; until then the broker keeps the messages.
         tokio::select! {
-            () = intake.prepared.cancelled() => source.run(intake.queue, shutdown).await,
-            () = shutdown.cancelled() => {}
+            () = intake.prepared.cancelled() => if leave {
+                source.leave(intake.queue, shutdown.clone()).await?;
+                shutdown.cancel();
+            } else {
+                source.run(intake.queue, shutdown).await;
+            },
+            () = shutdown.cancelled() => anyhow::ensure!(!leave, "not left: ended before the database was reached"),
         }
         Ok(())
     });

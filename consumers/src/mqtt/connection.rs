@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use bytes::{BufMut, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
-    Connect, ConnectProperties, ConnectReturnCode, Filter, Login, Packet, PingReq, Publish,
-    RetainForwardRule, Subscribe, SubscribeReasonCode,
+    Connect, ConnectProperties, ConnectReturnCode, DisconnectReasonCode, Filter, Login, Packet, PingReq,
+    PubAckReason, Publish, RetainForwardRule, Subscribe, SubscribeReasonCode, UnsubAckReason, Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{self, QoS};
 use service::secret::Secret;
@@ -27,7 +27,10 @@ const READ_BYTES: usize = 256 << 10;
 /// A new piece is started when less than this is left in the old one.
 const MIN_READ_BYTES: usize = 16 << 10;
 
+/// Packet ids of ours, each used once at a time.
 const SUBSCRIBE_ID: u16 = 1;
+const UNSUBSCRIBE_ID: u16 = 2;
+const PUBLISH_ID: u16 = 3;
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +45,8 @@ pub enum ConnectionError {
     Refused(ConnectReturnCode),
     #[error("the broker refuses the subscription: {0:?}")]
     NotSubscribed(Vec<SubscribeReasonCode>),
+    #[error("another process uses this client id")]
+    TakenOver,
     #[error("the broker says goodbye: {0}")]
     Goodbye(String),
     #[error("protocol: {0}")]
@@ -56,10 +61,14 @@ pub enum ConnectionError {
 pub enum Incoming {
     Publish(Publish),
     Subscribed,
+    /// One reason for each filter.
+    Unsubscribed(Vec<UnsubAckReason>),
+    /// The answer to our own message.
+    Published(PubAckReason),
     Pong,
 }
 
-/// A connection that has been accepted and has asked for its subscription.
+/// A connection that has been accepted.
 #[derive(Debug)]
 pub struct Connection {
     reader: OwnedReadHalf,
@@ -72,8 +81,7 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects, with the session of earlier connections if the broker still has it, and sends the subscription.
-    /// Subscribing again changes nothing if it is there already, and repairs it if it was lost.
+    /// Connects, with the session of earlier connections if the broker still has it.
     ///
     /// # Errors
     /// [`ConnectionError`], within the connect timeout.
@@ -127,13 +135,39 @@ impl Connection {
             Packet::ConnAck(answer) => return Err(ConnectionError::Refused(answer.code)),
             _ => return Err(ConnectionError::Unexpected("packet before CONNACK")),
         }
-        let mut filter = Filter::new(settings.filter.clone(), QoS::AtLeastOnce);
+        Ok(connection)
+    }
+
+    /// Puts a subscription into the outgoing bytes. Subscribing again changes nothing if it is there already, and repairs
+    /// it if it was lost.
+    ///
+    /// # Errors
+    /// When the filter is too long for a packet.
+    pub fn subscribe(&mut self, filter: &str) -> Result<(), ConnectionError> {
+        let mut filter = Filter::new(filter, QoS::AtLeastOnce);
         filter.retain_forward_rule = RetainForwardRule::OnNewSubscribe;
         let mut subscribe = Subscribe::new(filter, None);
         subscribe.pkid = SUBSCRIBE_ID;
-        connection.queue(&Packet::Subscribe(subscribe))?;
-        connection.flush().await?;
-        Ok(connection)
+        self.queue(&Packet::Subscribe(subscribe))
+    }
+
+    /// The opposite of [`Connection::subscribe`].
+    ///
+    /// # Errors
+    /// As [`Connection::subscribe`].
+    pub fn unsubscribe(&mut self, filters: impl Into<Vec<String>>) -> Result<(), ConnectionError> {
+        let unsubscribe = Unsubscribe { pkid: UNSUBSCRIBE_ID, filters: filters.into(), properties: None };
+        self.queue(&Packet::Unsubscribe(unsubscribe))
+    }
+
+    /// Puts a message of our own into the outgoing bytes, at QoS 1.
+    ///
+    /// # Errors
+    /// As [`Connection::subscribe`].
+    pub fn publish(&mut self, topic: &str, payload: &str) -> Result<(), ConnectionError> {
+        let mut publish = Publish::new(topic, QoS::AtLeastOnce, payload.to_owned(), None);
+        publish.pkid = PUBLISH_ID;
+        self.queue(&Packet::Publish(publish))
     }
 
     /// Waits until the broker has sent something. Cancelling loses nothing.
@@ -181,6 +215,11 @@ impl Connection {
                 } else {
                     Err(ConnectionError::NotSubscribed(answer.return_codes))
                 }
+            }
+            Packet::UnsubAck(answer) => Ok(Some(Incoming::Unsubscribed(answer.reasons))),
+            Packet::PubAck(answer) => Ok(Some(Incoming::Published(answer.reason))),
+            Packet::Disconnect(reason) if reason.reason_code == DisconnectReasonCode::SessionTakenOver => {
+                Err(ConnectionError::TakenOver)
             }
             Packet::Disconnect(reason) => {
                 let text = reason.properties.and_then(|properties| properties.reason_string);
@@ -242,6 +281,29 @@ impl Connection {
             Ok(Err(error)) => tracing::debug!(%error, "goodbye not sent"),
             Err(_) => tracing::debug!("goodbye not sent in time"),
         }
+    }
+
+    /// Says goodbye and asks the broker to end the session. Returns when the broker has closed the connection, which it
+    /// does after it has.
+    ///
+    /// # Errors
+    /// When that is not seen in time; the session may still be there.
+    pub async fn end_session(mut self, patience: Duration) -> Result<(), ConnectionError> {
+        // DISCONNECT, reason "normal", session expiry interval 0.
+        self.outgoing.put_slice(&[0xe0, 7, 0, 5, 0x11, 0, 0, 0, 0]);
+        let goodbye = async {
+            self.flush().await?;
+            loop {
+                // What still comes is nobody's any more.
+                self.incoming.clear();
+                match self.readable().await {
+                    Ok(()) => {}
+                    Err(ConnectionError::Closed) => return Ok(()),
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        timeout(patience, goodbye).await.map_err(|_| ConnectionError::Timeout("DISCONNECT"))?
     }
 
     fn queue(&mut self, packet: &Packet) -> Result<(), ConnectionError> {

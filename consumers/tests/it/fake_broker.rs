@@ -141,6 +141,31 @@ impl Session {
         }
     }
 
+    /// A member that leaves: CONNECT is answered; the filters it no longer wants.
+    pub(crate) async fn unsubscribing(&mut self, session_present: bool) -> Vec<String> {
+        self.connect().await;
+        self.send(&[0x20, 3, u8::from(session_present), 0, 0]).await;
+        match self.next().await {
+            Some(Packet::Unsubscribe(unsubscribe)) => unsubscribe.filters,
+            other => panic!("UNSUBSCRIBE expected, not {other:?}"),
+        }
+    }
+
+    /// UNSUBACK with these codes, then what follows: the topic listened to and the message published there.
+    pub(crate) async fn marker(&mut self, codes: [u8; 2]) -> Publish {
+        self.send(&[0xb0, 5, 0, 2, 0, codes[0], codes[1]]).await;
+        let Some(Packet::Subscribe(subscribe)) = self.next().await else { panic!("SUBSCRIBE expected") };
+        self.grant(1).await;
+        let Some(Packet::Publish(marker)) = self.next().await else { panic!("PUBLISH expected") };
+        assert_eq!(
+            (marker.qos, marker.topic.as_ref()),
+            (QoS::AtLeastOnce, subscribe.filters[0].path.as_bytes())
+        );
+        let id = marker.pkid.to_be_bytes();
+        self.send(&[0x40, 2, id[0], id[1]]).await;
+        marker
+    }
+
     /// SUBACK with this code.
     pub(crate) async fn grant(&mut self, code: u8) {
         self.send(&[0x90, 4, 0, 1, 0, code]).await;
@@ -189,7 +214,7 @@ pub(crate) struct Rig {
     receiver: Receiver<()>,
     waiting: VecDeque<Delivery>,
     next_ticket: u64,
-    task: JoinSet<()>,
+    task: JoinSet<anyhow::Result<()>>,
 }
 
 impl Rig {
@@ -197,8 +222,17 @@ impl Rig {
         Self::with(100, |_| {}).await
     }
 
+    /// A member that leaves for good.
+    pub(crate) async fn leaving() -> Self {
+        Self::start(100, true, |_| {}).await
+    }
+
     /// With a queue of `max_messages`.
     pub(crate) async fn with(max_messages: usize, change: impl FnOnce(&mut MqttSettings<Secret>)) -> Self {
+        Self::start(max_messages, false, change).await
+    }
+
+    async fn start(max_messages: usize, leave: bool, change: impl FnOnce(&mut MqttSettings<Secret>)) -> Self {
         let broker = FakeBroker::new().await;
         let mut mqtt = broker.settings();
         change(&mut mqtt);
@@ -218,7 +252,14 @@ impl Rig {
         };
         let shutdown = CancellationToken::new();
         let mut task = JoinSet::new();
-        task.spawn(source.run(sender, shutdown.clone()));
+        let end = shutdown.clone();
+        task.spawn(async move {
+            if leave {
+                return source.leave(sender, end).await;
+            }
+            source.run(sender, end).await;
+            Ok(())
+        });
         Self {
             broker,
             health,
@@ -294,9 +335,18 @@ impl Rig {
     }
 
     /// Asks the source to end, ends the writer, and waits for the source.
-    pub(crate) async fn end(mut self) {
+    pub(crate) async fn end(self) {
         self.shutdown.cancel();
+        self.ended().await.unwrap();
+    }
+
+    /// Ends the writer when the source has closed the queue, and waits for the source.
+    pub(crate) async fn ended(mut self) -> anyhow::Result<()> {
+        let mut intake = self.receiver.intake().await;
+        let closed = timeout(SOON, async { while intake.receiver.recv().await.is_some() {} }).await;
+        closed.expect("the source closes the queue");
+        drop(intake);
         self.settlements.leave();
-        timeout(SOON, self.task.join_next()).await.expect("the source ends").unwrap().unwrap();
+        timeout(SOON, self.task.join_next()).await.expect("the source ends").unwrap().unwrap()
     }
 }

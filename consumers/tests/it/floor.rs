@@ -39,11 +39,16 @@ impl Floor {
 
     /// One more consumer, subscribed.
     pub(crate) async fn another(&self, change: impl FnOnce(Launch) -> Launch) -> Program {
-        let launch =
-            Launch::new("mqtt-consumer").envs(self.cluster.environment()).envs(self.broker.environment());
-        let mut consumer = change(launch).start(self.scratch.path()).await.unwrap();
+        let mut consumer = self.start(change).await;
         consumer.ready(PATIENCE).await.unwrap();
         consumer
+    }
+
+    /// One more consumer, not waited for.
+    pub(crate) async fn start(&self, change: impl FnOnce(Launch) -> Launch) -> Program {
+        let launch =
+            Launch::new("mqtt-consumer").envs(self.cluster.environment()).envs(self.broker.environment());
+        change(launch).start(self.scratch.path()).await.unwrap()
     }
 
     pub(crate) fn publisher(&self) -> Publisher {

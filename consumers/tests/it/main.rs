@@ -6,6 +6,7 @@ mod bad_input;
 mod command_line;
 mod fake_broker;
 mod floor;
+mod leave;
 mod outages;
 mod scale_out;
 mod sessions;

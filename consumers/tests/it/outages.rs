@@ -6,6 +6,7 @@ use playground::http;
 
 use crate::floor::{Floor, PATIENCE, READINGS, until_metric};
 
+const AHEAD: &str = "ingest_partitions_ahead";
 const ACKNOWLEDGED: &str = "ingest_acknowledged_total";
 
 #[tokio::test]
@@ -97,7 +98,12 @@ async fn a_primary_that_comes_back_gets_everything() {
     let mut publisher = floor.publisher();
     publisher.publish_readings(0, 1_000);
     publisher.accepted().await;
+    // The upkeep says how it is: five minutes ahead by the defaults.
+    until_metric(&floor.consumer, AHEAD, 5).await;
+    until_metric(&floor.consumer, "ingest_upkeep_last_success_timestamp_seconds", 1_770_000_000).await;
     floor.cluster.primary_mut().kill9(Reach::Tree).await.unwrap();
+    until_metric(&floor.consumer, "ingest_upkeep_failures_total", 1).await;
+    assert_eq!(floor.consumer.metrics().await.unwrap().count(AHEAD), 0);
     publisher.publish_readings(1_000, 4_000);
     publisher.accepted().await;
     floor.cluster.primary_mut().start().await.unwrap();

@@ -5,7 +5,7 @@ use playground::program::Launch;
 
 use crate::floor::{Floor, READINGS, until_metric};
 
-fn member(name: &str) -> impl FnOnce(Launch) -> Launch {
+pub(crate) fn member(name: &'static str) -> impl FnOnce(Launch) -> Launch {
     move |launch| {
         launch
             .named(name)

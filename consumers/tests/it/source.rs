@@ -164,7 +164,7 @@ async fn a_wrong_packet_ends_the_connection_and_costs_nothing_before_it() {
         (&[0x32, 6, 0, 200, b't', 0, 1, 0], "boundary"),
         (&[0x36, 6, 0, 1, b't', 0, 1, 0], "QoS"),
         (&[0x20, 3, 0, 0, 0], "unexpected packet"),
-        (&[0xe0, 2, 0x8e, 0], "goodbye: SessionTakenOver"),
+        (&[0xe0, 2, 0x8e, 0], "another process uses this client id"),
         (&[0xe0, 0], "protocol"),
     ];
     for (number, (wrong, words)) in cases.into_iter().enumerate() {

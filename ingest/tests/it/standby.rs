@@ -60,7 +60,7 @@ async fn a_cancelled_wait_for_the_standby_is_not_a_commit() {
 async fn check_nothing_new(remembered: bool) {
     let mut fixture = Fixture::new(Options::default()).await;
     let mut batch = fixture.batch();
-    for round in 0..2 {
+    for round in 0..3 {
         for number in 0..20 {
             if !remembered {
                 fixture.forget();
@@ -68,8 +68,9 @@ async fn check_nothing_new(remembered: bool) {
             let delivery = fixture.delivery(number, 0, "{}");
             fixture.push(&mut batch, delivery);
         }
-        if round == 0 {
-            assert_eq!(fixture.commit(&mut batch).await.rows, 20);
+        // Stored, then merged once: the first merge of a connection makes its temporary table, which is a write.
+        if round < 2 {
+            assert_eq!(fixture.commit(&mut batch).await.rows, if round == 0 { 20 } else { 0 });
             batch.clear();
         }
     }

@@ -65,12 +65,14 @@ pub(super) async fn finish(
         None => None,
     };
     stack.cluster.wait_replayed(REPLAY).await?;
-    let scope = match home.run()? {
-        Some(Run { first_transaction }) if stack.kept => Scope::Run { first_transaction },
+    let run = home.run()?;
+    let retention = run.and_then(|run| run.retention);
+    let scope = match run {
+        Some(Run { first_transaction, .. }) if stack.kept => Scope::Run { first_transaction },
         _ => Scope::Everything,
     };
     let began = Instant::now();
-    let nodes = tokio::time::timeout(VERIFY, look(stack, ledger.as_ref(), scope))
+    let nodes = tokio::time::timeout(VERIFY, look(stack, ledger.as_ref(), scope, retention))
         .await
         .with_context(|| format!("the tables were not read within {VERIFY:?}"))??;
     let sessions_found = match &sessions {
@@ -109,7 +111,13 @@ pub(crate) fn load_file(path: &std::path::Path) -> anyhow::Result<Ledger> {
 }
 
 /// What each node has stored, all nodes at the same time.
-async fn look(stack: &Stack, ledger: Option<&Ledger>, scope: Scope) -> anyhow::Result<Vec<(String, Stored)>> {
+async fn look(
+    stack: &Stack,
+    ledger: Option<&Ledger>,
+    scope: Scope,
+    retention: Option<Duration>,
+) -> anyhow::Result<Vec<(String, Stored)>> {
+    let retention = retention.filter(|_| ledger.is_some());
     let empty = Ledger::default();
     let (ledger, scope) = match ledger {
         Some(ledger) => (ledger, scope),
@@ -119,7 +127,7 @@ async fn look(stack: &Stack, ledger: Option<&Ledger>, scope: Scope) -> anyhow::R
         let mut db = node.connect(Role::Owner).await?;
         let stored =
             read(&mut db, ledger, scope).await.with_context(|| format!("look into {}", node.name()))?;
-        anyhow::Ok((node.name().to_owned(), stored))
+        anyhow::Ok((node.name().to_owned(), stored.within(retention)))
     });
     futures_util::future::try_join_all(looks).await
 }

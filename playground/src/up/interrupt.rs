@@ -43,6 +43,10 @@ impl Interrupts {
         self.count.send_modify(|count| *count += 1);
     }
 
+    pub(super) fn count(&self) -> u32 {
+        *self.seen.borrow()
+    }
+
     pub(super) async fn at_least(&mut self, wanted: u32) {
         // We hold a sender ourselves, so the channel never closes.
         if self.seen.wait_for(|count| *count >= wanted).await.is_err() {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 
 use super::sessions::Sessions;
 use super::watching::Watching;
@@ -20,9 +20,6 @@ const POSTGRES_PORTS: [u16; 2] = [5432, 5433];
 const MQTT_PORT: u16 = 1883;
 const CONSUMER_PORT: u16 = 9101;
 const SIMULATOR_PORT: u16 = 9102;
-/// An hour of messages at full rate is taken in less.
-const LEFTOVERS: Duration = Duration::from_secs(1800);
-const LEFTOVERS_QUIET: Duration = Duration::from_millis(100);
 const READY: Duration = Duration::from_secs(60);
 /// The simulator waits for acknowledgements that may be stuck behind a full broker.
 pub(super) const SIMULATOR_GRACE: Duration = Duration::from_secs(90);
@@ -66,38 +63,6 @@ impl Stack {
             stack.consumer = Some(consumer);
         }
         Ok(stack)
-    }
-
-    /// The broker may hold messages of an earlier run for the consumer. They are stored before this run begins, so
-    /// that they are not taken for its own.
-    pub(super) async fn take_leftovers(&self) -> anyhow::Result<()> {
-        if self.consumer.is_none() || !self.kept {
-            return Ok(());
-        }
-        let deadline = Instant::now() + LEFTOVERS;
-        let mut last = (u64::MAX, 0);
-        loop {
-            // The broker sends what it holds as soon as the session is resumed.
-            tokio::time::sleep(LEFTOVERS_QUIET).await;
-            let metrics = self.consumer_metrics().await.context("the consumer does not answer")?;
-            let waiting = metrics.count("ingest_rows_in_flight") + metrics.count("ingest_queue_messages");
-            let now = (metrics.count("ingest_received_total"), waiting);
-            if waiting == 0 && (now == last || now.0 == 0) {
-                if now.0 > 0 {
-                    say(format!(
-                        "  {} messages of an earlier run were still in the broker; they are stored",
-                        now.0
-                    ));
-                }
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                bail!(
-                    "the broker still holds messages of an earlier run after {LEFTOVERS:?}; --fresh forgets them"
-                );
-            }
-            last = now;
-        }
     }
 
     pub(super) async fn start_simulator(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {

@@ -40,6 +40,12 @@ pub(super) struct Summary {
     pub dead_letters_by_reason: BTreeMap<String, u64>,
     /// Readings that arrived again and were stored already.
     pub duplicates: u64,
+    /// Of the simulator: messages the broker did not accept, by its reason; never made, being due too long ago; sent again
+    /// because a connection was lost; acknowledged with something wrong on purpose, by what it was.
+    pub refused: BTreeMap<String, u64>,
+    pub skipped: u64,
+    pub resent: u64,
+    pub trouble: BTreeMap<String, u64>,
     /// Readings stored per second of publishing.
     pub rate_per_s: f64,
     pub p50_ms: Option<f64>,
@@ -112,6 +118,10 @@ impl Summary {
             dead_letters: dead_letters.values().sum(),
             dead_letters_by_reason: dead_letters,
             duplicates: sampler.since_start(sampler.newest(), "ingest_duplicates_total"),
+            refused: ledger.map(|ledger| ledger.refused.clone()).unwrap_or_default(),
+            skipped: ledger.map_or(0, |ledger| ledger.skipped),
+            resent: ledger.map_or(0, |ledger| ledger.resent),
+            trouble: ledger.map(|ledger| ledger.trouble.clone()).unwrap_or_default(),
             rate_per_s,
             p50_ms: milliseconds(0.5),
             p95_ms: milliseconds(0.95),
@@ -151,6 +161,19 @@ impl fmt::Display for Summary {
             "{:<22}{} messages, {} distinct readings of {} devices",
             "acknowledged", self.acknowledged, self.readings, self.devices
         )?;
+        let refused: u64 = self.refused.values().sum();
+        for (count, what) in [
+            (self.skipped, "SKIPPED by the simulator: due too long ago"),
+            (refused, "REFUSED by the broker"),
+            (self.resent, "sent again after a lost connection"),
+        ] {
+            if count > 0 {
+                writeln!(f, "{:<22}  {count} messages {what}", "")?;
+            }
+        }
+        for (reason, count) in self.refused.iter().chain(&self.trouble) {
+            writeln!(f, "{:<22}  {reason} {count}", "")?;
+        }
         let standby =
             self.stored_standby.map_or_else(|| "no standby".into(), |rows| format!("{rows} on the standby"));
         writeln!(

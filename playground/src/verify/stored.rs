@@ -1,6 +1,7 @@
 //! What a node has stored, folded device by device in one scan. Reads only, in one snapshot.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::Context;
 use jiff::Timestamp;
@@ -41,6 +42,22 @@ pub struct Stored {
     pub unacknowledged: u64,
     pub devices: BTreeMap<String, Tally>,
     pub dead_letters: BTreeMap<String, u64>,
+    /// Readings older than this, microseconds since 1970, may have been dropped by now: see [`Stored::within`]. `None`:
+    /// everything must be there.
+    pub horizon_us: Option<i64>,
+}
+
+impl Stored {
+    /// What was read, under a retention that ends now: older rows are gone by design, and what was never stored cannot be
+    /// told from them.
+    #[must_use]
+    pub fn within(mut self, retention: Option<Duration>) -> Self {
+        self.horizon_us = retention.map(|retention| {
+            let micros = i64::try_from(retention.as_micros()).unwrap_or(i64::MAX);
+            Timestamp::now().as_microsecond().saturating_sub(micros)
+        });
+        self
+    }
 }
 
 /// Microseconds since 1970 of a timestamptz, exact: a double holds them up to the year 2041 with less than half a
@@ -139,7 +156,7 @@ pub async fn read(client: &mut Client, ledger: &Ledger, scope: Scope) -> anyhow:
         .collect::<anyhow::Result<_>>()?;
     transaction.commit().await.context("end the look")?;
     let rows = devices.values().map(|tally| tally.count).sum::<u64>() + unacknowledged;
-    Ok(Stored { rows, distinct, unacknowledged, devices, dead_letters })
+    Ok(Stored { rows, distinct, unacknowledged, devices, dead_letters, horizon_us: None })
 }
 
 /// The first and last timestamp to look at.

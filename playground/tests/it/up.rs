@@ -156,6 +156,10 @@ fn every_acknowledged_reading_is_stored_once_on_both_nodes() {
     assert_eq!(summary["verdict"], "exact", "{text}");
     assert!(summary["dead_letters"].as_u64().unwrap() > 0, "{text}");
     assert!(summary["duplicates"].as_u64().unwrap() > 0, "{text}");
+    for flaw in ["not_json", "nul_character", "duplicate", "late"] {
+        assert!(summary["trouble"][flaw].as_u64().unwrap() > 0, "{flaw}: {text}");
+    }
+    assert_eq!(summary["trouble"]["not_json"], summary["dead_letters_by_reason"]["not_json"], "{text}");
 
     // Afterwards, on nodes started for the purpose; and a lost row is found.
     let (output, text) = tier0.run(&["verify"]);
@@ -323,6 +327,32 @@ fn status_down_and_a_second_up() {
     let (status, text) = running.end();
     assert_eq!(status, Some(0), "{text}");
     assert!(text.contains("verdict") && text.contains("exact"), "{text}");
+}
+
+#[test]
+fn a_start_is_seen_and_can_be_stopped() {
+    let tier0 = Tier0::new();
+    let mut up = tier0.command(&["up"]).stdout(Stdio::null()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let text = loop {
+        let (output, text) = tier0.run(&["status"]);
+        if output.status.code() != Some(3) {
+            assert_eq!(output.status.code(), Some(1), "{text}");
+            break text;
+        }
+        assert!(Instant::now() < deadline, "{text}");
+    };
+    assert!(text.contains("is starting"), "{text}");
+    let (output, text) = tier0.run(&["down"]);
+    assert!(output.status.success() && text.contains("still starting"), "{text}");
+    assert_eq!(up.wait().unwrap().code(), Some(130));
+    let (output, text) = tier0.run(&["status"]);
+    assert_eq!(output.status.code(), Some(3), "{text}");
+    // What was half made does not hinder the next start.
+    let running = tier0.up(&[]);
+    kill(running.pid(), Signal::SIGINT).unwrap();
+    let (status, text) = running.end();
+    assert_eq!(status, Some(0), "{text}");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The verification finds what is wrong in real tables, on the node where it is wrong.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use playground::cluster::{Cluster, Options};
 use playground::postgres::{Db, Role};
@@ -140,6 +142,27 @@ async fn an_earlier_run_is_out_of_scope() {
     let run = look(&mut db, &ledger, Scope::Run { first_transaction }).await;
     assert_eq!((run.verdict().as_str(), run.rows, run.distinct), ("exact", 2000, 2000));
     assert_eq!(look(&mut db, &ledger, Scope::Everything).await.verdict(), "extra 3, 1 dead letters extra");
+}
+
+/// A run longer than the retention: the partition of its first seconds is dropped.
+#[tokio::test]
+async fn what_the_retention_dropped_is_not_called_lost() {
+    let scratch = Scratch::new().unwrap();
+    let cluster = Cluster::start(&scratch, Options::alone()).await.unwrap();
+    let mut db = cluster.connect(Role::Owner).await.unwrap();
+    let ledger = fill(&db).await;
+    let dropped: i64 = db.query_one("SELECT count(*) FROM early", &[]).await.unwrap().get(0);
+    db.batch_execute("DROP TABLE early").await.unwrap();
+    let stored = read(&mut db, &ledger, Scope::Everything).await.unwrap();
+    assert_eq!(compare("region1", &ledger, &stored).verdict(), format!("lost {dropped}"));
+    let now = Timestamp::now().as_microsecond();
+    let since = |us: i64| Some(Duration::from_micros(u64::try_from(now - us).unwrap()));
+    let found = compare("region1", &ledger, &stored.clone().within(since(START + 6_000_000)));
+    assert_eq!(found.verdict(), format!("nothing wrong; {dropped} outside the retention, not checked"));
+    assert!(found.holds());
+    // A retention that reaches back before the run explains nothing.
+    let found = compare("region1", &ledger, &stored.within(since(START - 3_600_000_000)));
+    assert_eq!(found.verdict(), format!("lost {dropped}"));
 }
 
 /// The fast way to microseconds that the scan uses, against the exact one.

@@ -10,7 +10,7 @@ use wire::ledger::Tally;
 
 use super::message::{Message, micros};
 use super::settings::FleetSettings;
-use super::trouble::{Flaw, REASONS, Table};
+use super::trouble::{FLAWS, Flaw, REASONS, Table};
 
 /// Repeats that wait for their time, per connection. Beyond this no further ones are planned.
 const MAX_WAITING_REPEATS: usize = 1 << 16;
@@ -54,6 +54,8 @@ pub struct Totals {
     pub dead_letters: [u64; REASONS.len()],
     /// Attempts at such messages that were never answered.
     pub unknown_dead_letters: u64,
+    /// Accepted messages with a flaw, repeats aside, by place in [`FLAWS`].
+    pub flaws: [u64; FLAWS.len()],
 }
 
 /// A copy of the books at one moment.
@@ -144,6 +146,9 @@ impl Account {
             return;
         }
         if let Some(count) = message.flaw.dead_letter().and_then(|at| self.totals.dead_letters.get_mut(at)) {
+            *count += 1;
+        }
+        if let Some(count) = message.flaw.number().and_then(|at| self.totals.flaws.get_mut(at)) {
             *count += 1;
         }
         let at = ((message.device - self.first) / self.stride) as usize;
@@ -282,6 +287,11 @@ mod tests {
         let books = snapshot(&account);
         assert_eq!(books.tallies.iter().map(|tally| tally.count).collect::<Vec<_>>(), [1, 0, 0]);
         assert_eq!((books.totals.acknowledged, books.totals.repeated), (2, 1));
+        assert_eq!(
+            books.totals.flaws,
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+            "one duplicate, however often it came"
+        );
         assert!(books.unknown.is_empty());
     }
 

@@ -10,7 +10,7 @@ use wire::ledger::Tally;
 use super::account::{Snapshot, Totals};
 use super::publisher::Traffic;
 use super::settings::FleetSettings;
-use super::trouble::REASONS;
+use super::trouble::{FLAWS, REASONS};
 
 /// Everything the connections know at one moment, in the order of their numbers.
 #[derive(Debug)]
@@ -21,13 +21,14 @@ pub struct Books {
     pub started_us: i64,
     pub ended_us: i64,
     pub connections: Vec<Snapshot>,
+    pub traffic: Vec<Traffic>,
 }
 
 /// Written as a `wire::ledger::Ledger`, without building its maps: 100,000 devices would cost 20 MB each time.
 impl Serialize for Books {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let totals = self.totals();
-        let mut ledger = serializer.serialize_struct("Ledger", 11)?;
+        let mut ledger = serializer.serialize_struct("Ledger", 15)?;
         ledger.serialize_field("seed", &self.seed)?;
         ledger.serialize_field("complete", &self.complete)?;
         ledger.serialize_field("qos", &self.qos)?;
@@ -39,6 +40,10 @@ impl Serialize for Books {
         ledger.serialize_field("dead_letters", &dead_letters(&totals))?;
         ledger.serialize_field("unknown", &Unknown(self))?;
         ledger.serialize_field("unknown_dead_letters", &totals.unknown_dead_letters)?;
+        ledger.serialize_field("refused", &self.refused())?;
+        ledger.serialize_field("skipped", &self.sum(|traffic| traffic.skipped))?;
+        ledger.serialize_field("resent", &self.sum(|traffic| traffic.resent))?;
+        ledger.serialize_field("trouble", &trouble(&totals))?;
         ledger.end()
     }
 }
@@ -55,6 +60,9 @@ impl Books {
             for (sum, count) in sum.dead_letters.iter_mut().zip(totals.dead_letters) {
                 *sum += count;
             }
+            for (sum, count) in sum.flaws.iter_mut().zip(totals.flaws) {
+                *sum += count;
+            }
             sum
         })
     }
@@ -67,6 +75,18 @@ impl Books {
                 move |(row, tally)| (u32::try_from(row * stride + connection).unwrap_or(u32::MAX), tally),
             )
         })
+    }
+
+    fn sum(&self, count: impl Fn(&Traffic) -> u64) -> u64 {
+        self.traffic.iter().map(count).sum()
+    }
+
+    fn refused(&self) -> BTreeMap<&'static str, u64> {
+        let mut refused = BTreeMap::new();
+        for (reason, count) in self.traffic.iter().flat_map(|traffic| &traffic.refused) {
+            *refused.entry(*reason).or_default() += count;
+        }
+        refused
     }
 
     fn readings(&self) -> u64 {
@@ -100,6 +120,10 @@ fn dead_letters(totals: &Totals) -> BTreeMap<&'static str, u64> {
     REASONS.into_iter().zip(totals.dead_letters).filter(|(_, count)| *count > 0).collect()
 }
 
+fn trouble(totals: &Totals) -> BTreeMap<&'static str, u64> {
+    FLAWS.into_iter().zip(totals.flaws).filter(|(_, count)| *count > 0).collect()
+}
+
 /// The end of a run in numbers: `--summary`.
 #[derive(Debug, Serialize)]
 pub struct Summary {
@@ -121,6 +145,8 @@ pub struct Summary {
     pub skipped: u64,
     pub refused: BTreeMap<&'static str, u64>,
     pub dead_letters: BTreeMap<&'static str, u64>,
+    /// Accepted messages with something wrong on purpose.
+    pub trouble: BTreeMap<&'static str, u64>,
     /// Good readings without an answer, and attempts at bad messages without one.
     pub unknown: u64,
     pub unknown_dead_letters: u64,
@@ -130,29 +156,27 @@ pub struct Summary {
 impl Summary {
     #[must_use]
     #[allow(clippy::cast_precision_loss, reason = "a rate needs no 64 bits")]
-    pub fn new(settings: &FleetSettings, books: &Books, traffic: &[Traffic], reconnects: u64) -> Self {
+    pub fn new(settings: &FleetSettings, books: &Books, reconnects: u64) -> Self {
         let totals = books.totals();
+        let traffic = &books.traffic;
         let first = traffic.iter().filter_map(|traffic| traffic.first_sent).min().unwrap_or_default();
         let last = traffic.iter().filter_map(|traffic| traffic.last_accepted).max().unwrap_or_default();
         let seconds = last.saturating_sub(first).as_secs_f64();
-        let mut refused = BTreeMap::new();
-        for (reason, count) in traffic.iter().flat_map(|traffic| &traffic.refused) {
-            *refused.entry(*reason).or_default() += count;
-        }
         Self {
             devices: settings.devices,
             seed: settings.seed,
             qos: settings.qos,
             seconds,
-            sent: traffic.iter().map(|traffic| traffic.sent).sum(),
+            sent: books.sum(|traffic| traffic.sent),
             acknowledged: totals.acknowledged,
             rate_per_s: if seconds > 0.0 { totals.acknowledged as f64 / seconds } else { 0.0 },
             readings: books.readings(),
             repeated: totals.repeated,
-            resent: traffic.iter().map(|traffic| traffic.resent).sum(),
-            skipped: traffic.iter().map(|traffic| traffic.skipped).sum(),
-            refused,
+            resent: books.sum(|traffic| traffic.resent),
+            skipped: books.sum(|traffic| traffic.skipped),
+            refused: books.refused(),
             dead_letters: dead_letters(&totals),
+            trouble: trouble(&totals),
             unknown: books.unknown(),
             unknown_dead_letters: totals.unknown_dead_letters,
             reconnects,
@@ -207,6 +231,7 @@ mod tests {
             started_us: 1,
             ended_us: 2,
             connections: connections.collect(),
+            traffic: Vec::new(),
         }
     }
 
@@ -224,6 +249,7 @@ mod tests {
         assert_eq!([2, 5, 8].map(count), [2, 2, 2]);
         assert_eq!(ledger.unknown.len(), 3);
         assert_eq!(ledger.unknown[1].0, Device::new(1).device_id());
+        assert_eq!((ledger.skipped, ledger.refused.len(), ledger.trouble.len()), (0, 0, 0));
     }
 
     #[test]
@@ -235,14 +261,18 @@ mod tests {
             refused: [("quota_exceeded", 2)].into(),
             ..Traffic::default()
         };
-        let summary = Summary::new(&FleetSettings::default(), &books(), &[traffic.clone(), traffic], 0);
+        let books = Books { traffic: vec![traffic.clone(), Traffic { skipped: 5, ..traffic }], ..books() };
+        let ledger: Ledger = serde_json::from_str(&serde_json::to_string(&books).unwrap()).unwrap();
+        assert_eq!((ledger.skipped, ledger.refused["quota_exceeded"]), (5, 4));
+        let summary = Summary::new(&FleetSettings::default(), &books, 0);
         assert_eq!((summary.sent, summary.acknowledged, summary.readings, summary.unknown), (32, 15, 15, 3));
         assert!((summary.rate_per_s - 5.0).abs() < 1e-9);
         let line = summary.line();
         assert!(line.starts_with("15 messages acknowledged in 3.0 s (5/s), 15 distinct readings"), "{line}");
         assert!(
-            line.contains("4 REFUSED") && line.contains("3 without") && !line.contains("SKIPPED"),
+            line.contains("4 REFUSED") && line.contains("3 without") && line.contains("5 SKIPPED"),
             "{line}"
         );
+        assert!(!line.contains("repeated") && !line.contains("sent again"), "{line}");
     }
 }

@@ -216,14 +216,12 @@ async fn write_ledgers(
 /// Writes the ledger; at the end also the summary.
 fn conclude(shared: &Shared, publishers: &Publishers, complete: bool) -> anyhow::Result<()> {
     let fleet = &shared.settings.device_simulator;
-    let mut traffic: Vec<Traffic> = Vec::new();
+    let mut traffic: Vec<Traffic> = Vec::with_capacity(publishers.len());
     let mut connections = Vec::with_capacity(publishers.len());
     for publisher in publishers.iter() {
         let publisher = publisher.lock().unwrap_or_else(PoisonError::into_inner);
         connections.push(publisher.snapshot());
-        if complete {
-            traffic.push(publisher.traffic().clone());
-        }
+        traffic.push(publisher.traffic().clone());
     }
     let books = Books {
         seed: fleet.seed,
@@ -232,10 +230,11 @@ fn conclude(shared: &Shared, publishers: &Publishers, complete: bool) -> anyhow:
         started_us: shared.started_us,
         ended_us: shared.now().wall_us,
         connections,
+        traffic,
     };
     let written = fleet.ledger.as_ref().map_or(Ok(()), |path| ledger_file::replace(path, &books));
     if complete {
-        let summary = Summary::new(fleet, &books, &traffic, shared.metrics.reconnects.get());
+        let summary = Summary::new(fleet, &books, shared.metrics.reconnects.get());
         if let Some(path) = &fleet.summary {
             ledger_file::replace(path, &summary)?;
         }

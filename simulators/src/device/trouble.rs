@@ -102,7 +102,28 @@ pub const REASONS: [&str; 7] = [
     "rejected_by_database",
 ];
 
+/// What a flaw is called in settings, ledger and summary, in the order of [`Flaw`].
+pub const FLAWS: [&str; 11] = [
+    "not_json",
+    "wrong_type",
+    "missing_field",
+    "topic_mismatch",
+    "nul_character",
+    "huge_number",
+    "too_large",
+    "too_old",
+    "far_future",
+    "late",
+    "duplicate",
+];
+
 impl Flaw {
+    /// Place in [`FLAWS`].
+    #[must_use]
+    pub fn number(self) -> Option<usize> {
+        (self as usize).checked_sub(1)
+    }
+
     /// Place in [`REASONS`] of the one dead letter this flaw makes; `None`: all readings are good.
     #[must_use]
     pub fn dead_letter(self) -> Option<usize> {
@@ -289,6 +310,14 @@ pub fn variant(device: u32, sequence: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_flaw_has_its_name() {
+        for (name, _, flaw) in TroubleSettings::default().rates() {
+            assert_eq!(flaw.number().map(|number| FLAWS[number]), Some(name));
+        }
+        assert_eq!(Flaw::None.number(), None);
+    }
     use crate::device::payload::Writer;
     use serde_json::Value;
     use wire::fleet::Device;

@@ -1,0 +1,217 @@
+//! Leaving for good: a member's session on the broker is emptied, then ended; nothing that was dealt to it is lost.
+//!
+//! A broker deals to a session for as long as it is subscribed, connected or not. So: unsubscribe; then publish a marker
+//! to a topic that this session alone hears. The broker's queue for a session is first in, first out: when the marker
+//! comes, everything that was dealt has come. When all of that is committed, the session is ended (expiry 0). No clock
+//! decides anything. A lost connection begins again; a process that ends half-way leaves the rest to the next one.
+
+use rumqttc::v5::mqttbytes::v5::{PubAckReason, Publish, UnsubAckReason};
+
+use super::connection::{Connection, ConnectionError, Incoming};
+use super::settings::ConsumerSettings;
+
+/// Where a member hears its own marker. Its client id may hold what a topic must not.
+pub(super) fn topic(client_id: &str) -> String {
+    let mut topic = String::from("tier0/leave/");
+    for letter in client_id.chars() {
+        match letter {
+            '%' | '/' | '+' | '#' | '$' | '\0' => topic.push_str(&format!("%{:02X}", u32::from(letter))),
+            plain => topic.push(plain),
+        }
+    }
+    topic
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Unsubscribing,
+    Listening,
+    Marked,
+    /// Everything the session held has been received.
+    Received,
+    Ended,
+    /// It cannot be done; the session stays as it is.
+    Failed,
+    /// The broker had no session under this client id; what the connection made is ended.
+    Nothing,
+}
+
+/// How far the leaving has come, over all connections of this process.
+#[derive(Debug)]
+pub(super) struct Farewell {
+    client_id: String,
+    filter: String,
+    topic: String,
+    /// Tells this process' markers from those of one that did not come to its end.
+    marker: String,
+    state: State,
+    /// This process has asked the broker to unsubscribe, so that a second time finds nothing.
+    asked: bool,
+    problem: Option<String>,
+}
+
+impl Farewell {
+    pub(super) fn new(settings: &ConsumerSettings) -> Self {
+        Self {
+            client_id: settings.client_id.clone(),
+            filter: settings.filter.clone(),
+            topic: topic(&settings.client_id),
+            marker: format!("{:016x}", rand::random::<u64>()),
+            state: State::Unsubscribing,
+            asked: false,
+            problem: None,
+        }
+    }
+
+    /// On a new connection.
+    pub(super) fn begin(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
+        if self.is_over() {
+            return Ok(());
+        }
+        if !connection.session_present {
+            if self.asked {
+                tracing::warn!("the broker has lost the session meanwhile, and what it held");
+                self.state = State::Received;
+            } else {
+                self.fail(
+                    State::Nothing,
+                    format!("the broker holds no session of client id {}", self.client_id),
+                );
+            }
+            return Ok(());
+        }
+        self.state = State::Unsubscribing;
+        // The marker's too: that it was subscribed to says that an earlier process began to leave.
+        connection.unsubscribe([self.filter.clone(), self.topic.clone()])
+    }
+
+    /// What the broker sent, save what is for the writers.
+    pub(super) fn take(
+        &mut self,
+        incoming: &Incoming,
+        connection: &mut Connection,
+    ) -> Result<(), ConnectionError> {
+        match (self.state, incoming) {
+            (State::Unsubscribing, Incoming::Unsubscribed(reasons)) => {
+                let done = |at: usize| reasons.get(at) == Some(&UnsubAckReason::Success);
+                if !done(0) && !done(1) && !self.asked {
+                    self.fail(
+                        State::Failed,
+                        format!(
+                            "the session of client id {} is not subscribed to {}: mqtt_consumer.filter must be what the \
+                             member ran with (the broker: {reasons:?})",
+                            self.client_id, self.filter
+                        ),
+                    );
+                    return Ok(());
+                }
+                self.asked = true;
+                self.state = State::Listening;
+                tracing::info!(
+                    filter = self.filter,
+                    "unsubscribed; what the broker holds for this session comes now"
+                );
+                connection.subscribe(&self.topic)
+            }
+            (State::Listening, Incoming::Subscribed) => {
+                self.state = State::Marked;
+                connection.publish(&self.topic, &self.marker)
+            }
+            (State::Marked, Incoming::Published(reason)) => {
+                if *reason != PubAckReason::Success {
+                    self.fail(
+                        State::Failed,
+                        format!(
+                            "the broker does not take {}: {reason:?} (this client must be allowed to write and read it)",
+                            self.topic
+                        ),
+                    );
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A message on the marker's topic.
+    pub(super) fn marker(&mut self, publish: &Publish) {
+        if publish.payload == self.marker && !self.is_over() {
+            tracing::info!("the broker holds nothing more for this session; the rest is committed now");
+            self.state = State::Received;
+        }
+    }
+
+    /// The connection has ended. Some errors will be the same next time.
+    pub(super) fn lost(&mut self, error: &ConnectionError) {
+        match error {
+            ConnectionError::TakenOver => self.fail(
+                State::Failed,
+                format!(
+                    "another process uses client id {}: stop it before its member leaves",
+                    self.client_id
+                ),
+            ),
+            ConnectionError::NotSubscribed(_) => self.fail(
+                State::Failed,
+                format!("{}: {error} (this client must be allowed to read it)", self.topic),
+            ),
+            _ => {}
+        }
+    }
+
+    fn fail(&mut self, state: State, problem: String) {
+        if !self.is_over() {
+            self.state = state;
+            self.problem = Some(problem);
+        }
+    }
+
+    /// Nothing more is to be read.
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.state, State::Received | State::Ended | State::Failed | State::Nothing)
+    }
+
+    /// It cannot be done on any connection.
+    pub(super) fn has_failed(&self) -> bool {
+        self.state == State::Failed
+    }
+
+    /// The session is to end with the connection, once everything is committed.
+    pub(super) fn ends_the_session(&self) -> bool {
+        matches!(self.state, State::Received | State::Nothing)
+    }
+
+    /// The broker has ended the session.
+    pub(super) fn ended(&mut self) {
+        if self.state == State::Received {
+            self.state = State::Ended;
+        }
+    }
+
+    pub(super) fn outcome(self) -> anyhow::Result<()> {
+        match (self.state, self.problem) {
+            (State::Ended, _) => {
+                tracing::info!(
+                    client_id = self.client_id,
+                    "the member has left: its session is empty and ended"
+                );
+                Ok(())
+            }
+            (_, Some(problem)) => anyhow::bail!("not left: {problem}"),
+            (_, None) => anyhow::bail!(
+                "not left: ended before the session was empty. Nothing is lost, the broker keeps the session: run --leave again"
+            ),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topic_holds_any_client_id_and_no_wildcard() {
+        assert_eq!(topic("tier0-mqtt-consumer"), "tier0/leave/tier0-mqtt-consumer");
+        assert_eq!(topic("a/b+#%é"), "tier0/leave/a%2Fb%2B%23%25é");
+    }
+}

@@ -1,0 +1,187 @@
+//! A member of a shared subscription that leaves for good, packet by packet and at a real broker.
+
+use bytes::BytesMut;
+use playground::cluster::Options;
+use playground::program::{Launch, Program};
+use rumqttc::v5::mqttbytes::v5::{Packet, Publish};
+use rumqttc::v5::{Event, EventLoop, MqttOptions};
+use tokio::time::timeout;
+
+use crate::fake_broker::Rig;
+use crate::floor::{Floor, PATIENCE, READINGS};
+use crate::scale_out::member;
+
+const FILTER: &str = "og/field/#";
+const TOPIC: &str = "tier0/leave/tier0-mqtt-consumer";
+/// Unsubscribed; was not subscribed.
+const DONE: u8 = 0;
+const NOTHING: u8 = 0x11;
+
+/// The marker as the broker hands it back.
+fn handed_back(marker: &Publish, id: u16) -> BytesMut {
+    let mut bytes = BytesMut::new();
+    Publish { pkid: id, ..marker.clone() }.write(&mut bytes).unwrap();
+    bytes
+}
+
+#[tokio::test]
+async fn the_session_ends_when_all_that_was_dealt_to_it_is_committed_and_not_before() {
+    let mut rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    assert_eq!(session.unsubscribing(true).await, [FILTER, TOPIC]);
+    // Dealt before the broker unsubscribed it, and queued behind that.
+    session.publish([1, 2]).await;
+    let marker = session.marker([DONE, NOTHING]).await;
+    assert_eq!(marker.topic, TOPIC);
+    session.publish([3]).await;
+    let mut taken = rig.take_all(3).await;
+    session.send(&handed_back(&marker, 4)).await;
+    assert_eq!(session.puback().await, 4);
+    // Everything has come, two of three are not committed: the session stays.
+    rig.settle(taken.remove(0));
+    assert_eq!(session.puback().await, 1);
+    session.nothing_but_a_ping().await;
+    taken.into_iter().for_each(|taken| rig.settle(taken));
+    assert_eq!(session.pubacks(2).await, [2, 3]);
+    let goodbye = async {
+        let Some(Packet::Disconnect(goodbye)) = session.next().await else { panic!("DISCONNECT expected") };
+        assert_eq!(goodbye.properties.unwrap().session_expiry_interval, Some(0));
+        drop(session);
+    };
+    let (outcome, ()) = tokio::join!(rig.ended(), goodbye);
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn a_lost_connection_begins_again_and_a_foreign_marker_says_nothing() {
+    let mut rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    session.publish([1]).await;
+    session.marker([DONE, DONE]).await;
+    let old = rig.take().await;
+    drop(session);
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    let marker = session.marker([NOTHING, DONE]).await;
+    // One that a process before this left behind; then what the lost connection had not acknowledged.
+    session.send(&handed_back(&Publish { payload: "0123".into(), ..marker.clone() }, 9)).await;
+    assert_eq!(session.puback().await, 9);
+    session.publish([1]).await;
+    let again = rig.take().await;
+    rig.settle(old);
+    rig.settle(again);
+    assert_eq!(session.puback().await, 1);
+    session.send(&handed_back(&marker, 2)).await;
+    assert_eq!(session.puback().await, 2);
+    let goodbye = async {
+        assert!(matches!(session.next().await, Some(Packet::Disconnect(_))));
+        drop(session);
+    };
+    let (outcome, ()) = tokio::join!(rig.ended(), goodbye);
+    outcome.unwrap();
+}
+
+#[tokio::test]
+async fn what_cannot_be_left_is_named_and_kept() {
+    // Never subscribed so, and no earlier process began to leave.
+    let rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    session.send(&[0xb0, 5, 0, 2, 0, NOTHING, NOTHING]).await;
+    let (outcome, ()) = tokio::join!(rig.ended(), session.ended());
+    let error = outcome.unwrap_err().to_string();
+    assert!(
+        error.contains("not subscribed to og/field/#") && error.contains("mqtt_consumer.filter"),
+        "{error}"
+    );
+
+    // The member still runs.
+    let rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    session.send(&[0xe0, 2, 0x8e, 0]).await;
+    let error = rig.ended().await.unwrap_err().to_string();
+    assert!(error.contains("stop it before"), "{error}");
+
+    // Not allowed to listen to its marker.
+    let rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    session.send(&[0xb0, 5, 0, 2, 0, DONE, NOTHING]).await;
+    assert!(matches!(session.next().await, Some(Packet::Subscribe(_))));
+    session.grant(0x87).await;
+    let error = rig.ended().await.unwrap_err().to_string();
+    assert!(error.contains(TOPIC) && error.contains("NotAuthorized"), "{error}");
+
+    // Asked to end before it has left.
+    let rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    session.marker([DONE, NOTHING]).await;
+    rig.shutdown.cancel();
+    let (outcome, ()) = tokio::join!(rig.ended(), session.ended());
+    let error = outcome.unwrap_err().to_string();
+    assert!(error.contains("run --leave again"), "{error}");
+}
+
+/// Whether the broker has a session under this client id. Looking makes none.
+async fn has_session(floor: &Floor, client_id: &str) -> bool {
+    let mut options = MqttOptions::new(client_id, "127.0.0.1", floor.broker.port());
+    options.set_clean_start(false);
+    let mut events = EventLoop::new(options, 10);
+    loop {
+        let event = timeout(PATIENCE, events.poll()).await.expect("the broker answers").unwrap();
+        if let Event::Incoming(Packet::ConnAck(answer)) = event {
+            return answer.session_present;
+        }
+    }
+}
+
+async fn leave(floor: &Floor, name: &'static str) -> Program {
+    let launch = |launch: Launch| {
+        let launch = member(name)(launch).named(&format!("{name}-leaves")).args(["--leave"]);
+        // Far less than what waits: the broker's queue must be emptied, not only what is in flight.
+        launch.set("mqtt_consumer.receive_maximum", 100).set("ingest.max_rows", 100)
+    };
+    floor.start(launch).await
+}
+
+#[tokio::test]
+async fn a_member_leaves_under_load_and_its_part_is_stored() {
+    let floor = Floor::new(Options::alone(), member("member-a")).await;
+    let mut other = floor.another(member("member-b")).await;
+    let mut publisher = floor.publisher();
+    publisher.publish_readings(0, 1_000);
+    publisher.accepted().await;
+    other.terminate(PATIENCE).await.unwrap();
+    publisher.publish_readings(1_000, 5_000);
+    publisher.accepted().await;
+    let rows: i64 = floor.db().await.query_one(READINGS, &[]).await.unwrap().get(0);
+    assert!(rows < 4_500, "the broker deals to the member that is away too: {rows} of 5000");
+
+    let mut leaving = leave(&floor, "member-b").await;
+    let mut sent = 5_000;
+    let status = loop {
+        // The devices go on meanwhile.
+        publisher.publish_readings(sent, sent + 100);
+        publisher.accepted().await;
+        sent += 100;
+        if let Some(status) = leaving.ended() {
+            break status;
+        }
+    };
+    let log = std::fs::read_to_string(leaving.log()).unwrap();
+    assert!(status.success() && log.contains("its session is empty and ended"), "{log}");
+    publisher.publish_readings(sent, sent + 1_000);
+    publisher.accepted().await;
+    floor.until(READINGS, sent as i64 + 1_000).await;
+    assert!(!has_session(&floor, "member-b").await);
+
+    // There is nothing to leave twice, and saying so leaves nothing behind.
+    let mut again = leave(&floor, "member-b").await;
+    let status = again.wait(PATIENCE).await.unwrap();
+    let log = std::fs::read_to_string(again.log()).unwrap();
+    assert!(status.code() == Some(1) && log.contains("holds no session of client id member-b"), "{log}");
+    assert!(!has_session(&floor, "member-b").await);
+}
