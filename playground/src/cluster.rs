@@ -3,6 +3,8 @@
 //! Region N is the N-th node: `region1` is the primary at first start, the others are standbys by base backup, each
 //! on a physical slot of its own name. A commit on the primary returns when the first attached standby has flushed it.
 
+mod roles;
+
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -120,7 +122,7 @@ impl Cluster {
         primary.init(sync).await?;
         cluster.configure()?;
         cluster.primary_mut().start().await?;
-        create_roles(cluster.primary(), &passwords).await?;
+        roles::create(cluster.primary(), &passwords).await?;
         let owner = cluster.primary().config(Role::Owner);
         tokio::try_join!(cluster.clone_standbys(&[]), fill(owner))?;
         cluster.require_standbys().await?;
@@ -160,7 +162,7 @@ impl Cluster {
         cluster.clone_standbys(&usable).await?;
         cluster.require_standbys().await?;
         if older {
-            create_watchers(cluster.primary(), &passwords).await?;
+            roles::create_watchers(cluster.primary(), &passwords).await?;
             let text = serde_json::to_string(&passwords).context("write the passwords")?;
             private_file(&dir.join(PASSWORDS), &text, None)?;
         }
@@ -382,45 +384,6 @@ fn nodes(dir: &Path, options: &Options, passwords: &Passwords) -> anyhow::Result
             Postgres::new(&format!("region{}", index + 1), dir, port, passwords.clone())
         })
         .collect()
-}
-
-async fn create_roles(primary: &Postgres, passwords: &Passwords) -> anyhow::Result<()> {
-    let db = primary.admin().await?;
-    // The passwords are hexadecimal digits of our own making: nothing to quote.
-    db.batch_execute(&format!(
-        "CREATE ROLE {owner} LOGIN PASSWORD '{}'; CREATE ROLE {replicator} LOGIN REPLICATION PASSWORD '{}';",
-        passwords.of(Role::Owner),
-        passwords.of(Role::Replicator),
-        owner = Role::Owner.name(),
-        replicator = Role::Replicator.name(),
-    ))
-    .await
-    .context("create the roles")?;
-    db.batch_execute(&format!("CREATE DATABASE {DATABASE} OWNER {}", Role::Owner.name()))
-        .await
-        .context("create the database")?;
-    create_watchers(primary, passwords).await
-}
-
-/// The roles that only look; harmless where they are there already.
-async fn create_watchers(primary: &Postgres, passwords: &Passwords) -> anyhow::Result<()> {
-    let db = primary.admin().await?;
-    for (role, group) in [(Role::Monitor, "pg_monitor"), (Role::Reader, "pg_read_all_data")] {
-        let name = role.name();
-        let there = db
-            .query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&name])
-            .await
-            .context("look for the roles")?;
-        let verb = if there.is_some() { "ALTER" } else { "CREATE" };
-        db.batch_execute(&format!(
-            "{verb} ROLE {name} LOGIN PASSWORD '{}'; GRANT {group} TO {name}; \
-             ALTER ROLE {name} SET default_transaction_read_only = on; ALTER ROLE {name} SET statement_timeout = '30s'",
-            passwords.of(role)
-        ))
-        .await
-        .with_context(|| format!("create the role {name}"))?;
-    }
-    Ok(())
 }
 
 /// Copies with owners and modes, sharing blocks where the file system can.

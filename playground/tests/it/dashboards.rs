@@ -33,6 +33,14 @@ async fn every_panel_of_every_dashboard_shows_something() {
     let postgres = Postgres { db: stage.reader().await };
     let deadline = Instant::now() + LIMIT;
 
+    // Before, variables would have some of their values only.
+    let all_up = format!("count(up == 1) == {}", stage.targets);
+    while !prometheus.shows(&all_up, true).await.unwrap() {
+        let down = prometheus.labels("up == 0").await.unwrap();
+        assert!(Instant::now() < deadline, "not all of {} targets are up: {down}", stage.targets);
+        tokio::time::sleep(PAUSE).await;
+    }
+
     let mut open = Vec::new();
     for dashboard in &dashboards {
         let questions = loop {

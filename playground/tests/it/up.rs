@@ -299,6 +299,37 @@ fn user_activity_is_exact_and_verified_afterwards() {
 }
 
 #[test]
+fn prometheus_watches_what_runs() {
+    let tier0 = Tier0::new();
+    let watched = &FLEET[..FLEET.len() - 2];
+    let mut running = tier0.up_with(watched);
+    running.until("/alerts");
+    let processes = Home::open(&tier0.dir()).unwrap().state().unwrap().processes;
+    let prometheus = processes.iter().find(|process| process.name == "prometheus").unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let path = "/api/v1/query?query=count%20by%20(job)%20(up%20%3D%3D%201)";
+        let (status, body) = runtime.block_on(playground::http::get(prometheus.port, path)).unwrap();
+        assert_eq!(status, 200, "{body}");
+        let missing: Vec<&str> =
+            ["mqtt-consumer", "device-simulator", "postgres", "mosquitto", "node", "prometheus"]
+                .into_iter()
+                .filter(|job| !body.contains(&format!("\"job\":\"{job}\"")))
+                .collect();
+        if missing.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "not up: {missing:?}: {body}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    kill(running.pid(), Signal::SIGINT).unwrap();
+    let (status, text) = running.end();
+    assert_eq!(status, Some(0), "{text}");
+    wait_gone(&processes);
+}
+
+#[test]
 fn status_down_and_a_second_up() {
     let tier0 = Tier0::new();
     let (output, text) = tier0.run(&["status"]);

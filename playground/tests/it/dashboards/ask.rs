@@ -53,6 +53,13 @@ impl Prometheus {
         }))
     }
 
+    /// The labels of what a query finds now, for messages.
+    pub(super) async fn labels(&self, query: &str) -> anyhow::Result<String> {
+        let data = self.get("query", &[("query", query)]).await?;
+        let series = data["result"].as_array().into_iter().flatten();
+        Ok(series.map(|series| series["metric"].to_string()).collect::<Vec<_>>().join(", "))
+    }
+
     /// The values of a label.
     pub(super) async fn values(&self, metric: &str, label: &str) -> anyhow::Result<Vec<String>> {
         let data = self.get(&format!("label/{label}/values"), &[("match[]", metric)]).await?;

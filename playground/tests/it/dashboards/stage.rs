@@ -21,6 +21,8 @@ const READY: Duration = Duration::from_secs(60);
 /// Dropped in this order.
 pub(super) struct Stage {
     pub(super) monitoring: Monitoring,
+    /// How many Prometheus is to reach.
+    pub(super) targets: usize,
     programs: Vec<Program>,
     agents: Vec<Program>,
     _redis: Redis,
@@ -87,8 +89,12 @@ impl Stage {
             .chain(regions.map(|(node, agent)| Target::new("region-agent", node.name(), agent.port())))
             .collect();
         monitoring.watch(&targets, Some(rabbitmq.metrics_port())).unwrap();
+        // Beside those: RabbitMQ twice, the MQTT broker, the machine, Prometheus itself.
+        let exported = servers.postgres.len() + servers.redis.len() + servers.sentinels.len();
+        let targets = targets.len() + exported + 5;
         Self {
             monitoring,
+            targets,
             programs,
             agents,
             _redis: redis,
