@@ -3,7 +3,7 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build bench bench-growth bench-sessions drill fuzz down clean
+.PHONY: up test check install build bench bench-growth bench-sessions drill fuzz down clean bench-failover drill-failover
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -46,10 +46,21 @@ bench-sessions: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench-sessions $(ARGS)
 
+# How long nobody can write when a region is lost, beside Postgres' own floor; writes target/bench-failover.json. Eight minutes.
+bench-failover: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 bench-failover $(ARGS)
+
 # Each part taken away for a minute under load; about half an hour. One of them: make drill ARGS="--only postgres-away"
+# Then random faults on two regions for five minutes; their seed is printed: make drill-failover ARGS="--seed 42"
 drill: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 drill outages --json target/outages.json $(ARGS)
+	target/release/tier0 drill failover
+
+drill-failover: install
+	$(CARGO) build --release --locked --bins
+	target/release/tier0 drill failover $(ARGS)
 
 # The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
 fuzz:

@@ -34,7 +34,8 @@ service_of() {
         mosquitto) echo mosquitto.service ;;
         rabbitmq-server) echo rabbitmq-server.service ;;
         postgresql) echo postgresql.service ;;
-        redis-server | redis-sentinel) echo "$1.service" ;;
+        redis-server) echo redis-server.service ;;
+        redis-sentinel) echo redis-sentinel.service ;;
         prometheus | prometheus-*-exporter) echo "$1.service" ;;
     esac
 }

@@ -5,6 +5,7 @@
 
 mod chart;
 mod database;
+pub mod failover;
 mod floor;
 pub mod growth;
 mod insert;

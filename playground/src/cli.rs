@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::bench::growth::GrowthArgs;
 use crate::bench::sessions::BenchSessionsArgs;
 use crate::bench::{self, BenchArgs};
+use crate::commands::failover::FailoverArgs;
 use crate::drill::{self, Drill};
 use crate::home::Home;
 use crate::{commands, up};
@@ -24,6 +25,8 @@ use crate::{commands, up};
   tier0 up                               100,000 devices, every 5 s each, until Ctrl-C
   tier0 up --for 60s --fresh             one minute on empty tables, then the verdict
   tier0 up --without device-simulator    bring your own client: mosquitto_pub -t og/field/SITE/TYPE/ID -m ...
+  tier0 status                           regions, roles, lag, processes
+  tier0 failover region2                 make the other region the primary
   tier0 psql                             SQL on region1 while it runs (and after)
   tier0 logs mqtt-consumer -f"
 )]
@@ -44,8 +47,18 @@ broker holds, then every device is checked on every node. A second Ctrl-C aborts
 Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise, 130 when aborted."
     )]
     Up(UpArgs),
-    /// What runs: processes, ports, memory
+    /// What runs: regions, their roles and lag, processes, ports, memory
     Status,
+    /// Make a region the primary
+    #[command(
+        after_help = "The old primary becomes a standby; Redis follows. Refused when something acknowledged could be lost.
+Exit status: 0 done (or possible, with --dry-run), 1 refused or failed.
+Examples:
+  tier0 failover region2 --dry-run
+  tier0 failover region2
+  tier0 failover region2 --json | jq .write_gap_ms"
+    )]
+    Failover(FailoverArgs),
     /// End a running `up` in order and wait for it
     Down {
         /// Kill at once instead of draining
@@ -77,6 +90,14 @@ Example:
     BenchGrowth(GrowthArgs),
     /// Measure user activity through RabbitMQ beside the broker's limit
     BenchSessions(BenchSessionsArgs),
+    /// Measure how long nobody can write when a region is lost, beside what Postgres itself needs
+    #[command(
+        after_help = "Starts its own servers on free ports; nothing of `up` is touched. About eight minutes with the defaults.
+Examples:
+  tier0 bench-failover
+  tier0 bench-failover --only postmaster_kill --only floor --rounds 20"
+    )]
+    BenchFailover(bench::failover::FailoverBenchArgs),
     /// Break things on purpose under load and check that nothing is lost
     Drill {
         #[command(subcommand)]
@@ -173,11 +194,13 @@ pub fn run(cli: Cli) -> ExitCode {
         match cli.command {
             Command::Up(args) => up::run(&home, args).await,
             Command::Status => commands::status(&home).await,
+            Command::Failover(args) => commands::failover::failover(&home, &args).await,
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchGrowth(args) => bench::growth::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchFailover(args) => bench::failover::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,

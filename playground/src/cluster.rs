@@ -3,10 +3,9 @@
 //! Region N is the N-th node: `region1` is the primary at first start, the others are standbys by base backup, each
 //! on a physical slot of its own name. A commit on the primary returns when the first attached standby has flushed it.
 
-mod roles;
+mod setup;
 
 use std::path::Path;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -15,9 +14,9 @@ use tokio::sync::OnceCell;
 
 use crate::account::private_file;
 use crate::child::{POLL, Reach};
-use crate::port::Port;
 use crate::postgres::{DATABASE, Db, Passwords, Postgres, Role};
 use crate::scratch::Scratch;
+use setup::{copy, create_roles, nodes, recorded_primary};
 
 const ATTACH: Duration = Duration::from_secs(60);
 const PASSWORDS: &str = "postgres-passwords.json";
@@ -67,6 +66,8 @@ impl Options {
 pub struct Cluster {
     pub nodes: Vec<Postgres>,
     options: Options,
+    /// Index of the primary, as last known.
+    leader: usize,
 }
 
 impl Cluster {
@@ -116,13 +117,13 @@ impl Cluster {
         fill: impl AsyncFnOnce(tokio_postgres::Config) -> anyhow::Result<()>,
     ) -> anyhow::Result<Self> {
         let passwords = Passwords::random()?;
-        let mut cluster = Self { nodes: nodes(dir, &options, &passwords)?, options };
+        let mut cluster = Self::attach(dir, options, &passwords)?;
         let sync = cluster.options.sync;
         let primary = cluster.primary_mut();
         primary.init(sync).await?;
         cluster.configure()?;
         cluster.primary_mut().start().await?;
-        roles::create(cluster.primary(), &passwords).await?;
+        create_roles(cluster.primary(), &passwords).await?;
         let owner = cluster.primary().config(Role::Owner);
         tokio::try_join!(cluster.clone_standbys(&[]), fill(owner))?;
         cluster.require_standbys().await?;
@@ -132,26 +133,37 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// The nodes of `dir` as they were left, none of them started.
+    ///
+    /// # Errors
+    /// When user `postgres` is missing.
+    pub fn attach(dir: &Path, options: Options, passwords: &Passwords) -> anyhow::Result<Self> {
+        let nodes = nodes(dir, &options, passwords)?;
+        let leader = recorded_primary(dir)
+            .and_then(|name| nodes.iter().position(|node| node.name() == name))
+            .unwrap_or(0);
+        Ok(Self { nodes, options, leader })
+    }
+
     /// Starts a cluster whose data exists. A standby that has no data, or whose slot the primary no longer has, is
     /// cloned anew.
     ///
     /// # Errors
     /// As [`Cluster::create`].
     pub async fn open(dir: &Path, options: Options) -> anyhow::Result<Self> {
-        let mut passwords = Self::passwords(dir)?;
-        let older = passwords.complete()?;
-        let mut cluster = Self { nodes: nodes(dir, &options, &passwords)?, options };
+        let passwords = Self::passwords(dir)?;
+        let mut cluster = Self::attach(dir, options, &passwords)?;
         let slots = cluster.primary().data().join("pg_replslot");
-        let standbys = cluster.nodes.iter().skip(1);
-        let usable: Vec<String> = standbys
+        let usable: Vec<String> = cluster
+            .standbys()
             .filter(|node| node.data().join("PG_VERSION").is_file() && slots.join(node.name()).is_dir())
             .map(|node| node.name().to_owned())
             .collect();
         cluster.configure()?;
-        let Some((primary, standbys)) = cluster.nodes.split_first_mut() else { bail!("a cluster has nodes") };
+        let (primary, standbys) = cluster.split()?;
         // The standbys need not wait for the primary: they ask for it every 100 ms.
         let mut starts = Vec::new();
-        for standby in standbys.iter_mut().filter(|node| usable.iter().any(|name| name == node.name())) {
+        for standby in standbys.into_iter().filter(|node| usable.iter().any(|name| name == node.name())) {
             standby.follow(primary)?;
             starts.push(standby.start());
         }
@@ -161,11 +173,6 @@ impl Cluster {
         }
         cluster.clone_standbys(&usable).await?;
         cluster.require_standbys().await?;
-        if older {
-            roles::create_watchers(cluster.primary(), &passwords).await?;
-            let text = serde_json::to_string(&passwords).context("write the passwords")?;
-            private_file(&dir.join(PASSWORDS), &text, None)?;
-        }
         Ok(cluster)
     }
 
@@ -181,7 +188,11 @@ impl Cluster {
     /// When there is none.
     pub fn passwords(dir: &Path) -> anyhow::Result<Passwords> {
         let text = std::fs::read_to_string(dir.join(PASSWORDS)).context("read the passwords")?;
-        serde_json::from_str(&text).context("read the passwords")
+        let passwords: Passwords = serde_json::from_str(&text).context("read the passwords")?;
+        if !passwords.is_complete() {
+            bail!("the data was made by an older version without all roles; --fresh starts anew");
+        }
+        Ok(passwords)
     }
 
     /// Deletes what is left of a cluster, complete or not.
@@ -199,14 +210,19 @@ impl Cluster {
     }
 
     #[must_use]
-    #[allow(clippy::indexing_slicing, reason = "there is always a first node: every constructor makes it")]
+    #[allow(clippy::indexing_slicing, reason = "every constructor makes the node that leads")]
     pub fn primary(&self) -> &Postgres {
-        &self.nodes[0]
+        &self.nodes[self.leader]
     }
 
-    #[allow(clippy::indexing_slicing, reason = "there is always a first node: every constructor makes it")]
+    #[allow(clippy::indexing_slicing, reason = "every constructor makes the node that leads")]
     pub fn primary_mut(&mut self) -> &mut Postgres {
-        &mut self.nodes[0]
+        &mut self.nodes[self.leader]
+    }
+
+    /// All nodes but the primary.
+    pub fn standbys(&self) -> impl Iterator<Item = &Postgres> {
+        self.nodes.iter().enumerate().filter(|(index, _)| *index != self.leader).map(|(_, node)| node)
     }
 
     /// The first standby.
@@ -216,14 +232,62 @@ impl Cluster {
     #[must_use]
     #[allow(clippy::expect_used, reason = "asked of a cluster that was started with a standby")]
     pub fn standby(&self) -> &Postgres {
-        self.nodes.get(1).expect("a cluster with a standby")
+        self.standbys().next().expect("a cluster with a standby")
     }
 
     /// # Panics
     /// As [`Cluster::standby`].
     #[allow(clippy::expect_used, reason = "asked of a cluster that was started with a standby")]
     pub fn standby_mut(&mut self) -> &mut Postgres {
-        self.nodes.get_mut(1).expect("a cluster with a standby")
+        let leader = self.leader;
+        let mut standbys = self.nodes.iter_mut().enumerate().filter(|(index, _)| *index != leader);
+        standbys.next().map(|(_, node)| node).expect("a cluster with a standby")
+    }
+
+    /// The primary and the others.
+    fn split(&mut self) -> anyhow::Result<(&mut Postgres, Vec<&mut Postgres>)> {
+        let (mut primary, mut standbys) = (None, Vec::new());
+        for (index, node) in self.nodes.iter_mut().enumerate() {
+            if index == self.leader {
+                primary = Some(node);
+            } else {
+                standbys.push(node);
+            }
+        }
+        Ok((primary.context("a cluster has a primary")?, standbys))
+    }
+
+    /// Somebody else decides who is primary from now on: this is the name.
+    ///
+    /// # Errors
+    /// When there is no such node.
+    pub fn led_by(&mut self, name: &str) -> anyhow::Result<()> {
+        let found = self.nodes.iter().position(|node| node.name() == name);
+        self.leader = found.with_context(|| format!("there is no node {name}"))?;
+        Ok(())
+    }
+
+    /// Stops every node and writes its configuration, so that agents can take over.
+    ///
+    /// # Errors
+    /// As [`Cluster::stop`].
+    pub async fn hand_over(&mut self) -> anyhow::Result<()> {
+        self.stop().await?;
+        self.nodes.iter().try_for_each(Postgres::make_parent)?;
+        self.configure()
+    }
+
+    /// Names of the nodes that accept writes now, asked directly.
+    pub async fn writable(&self) -> Vec<String> {
+        let mut writable = Vec::new();
+        for node in &self.nodes {
+            let Ok(db) = node.admin().await else { continue };
+            let row = db.query_one("SELECT pg_is_in_recovery()", &[]).await;
+            if row.is_ok_and(|row| !row.get::<_, bool>(0)) {
+                writable.push(node.name().to_owned());
+            }
+        }
+        writable
     }
 
     /// A connection to `tier0_db` on the primary.
@@ -288,7 +352,7 @@ impl Cluster {
             .context("ask for the LSN")?
             .get(0);
         let deadline = Instant::now() + limit;
-        for standby in self.nodes.iter().skip(1) {
+        for standby in self.standbys() {
             let db = standby.admin().await?;
             let sql = "SELECT coalesce(pg_last_wal_replay_lsn() >= $1::text::pg_lsn, false)";
             while !db.query_one(sql, &[&target]).await.context("ask for replay")?.get::<_, bool>(0) {
@@ -306,7 +370,7 @@ impl Cluster {
     /// # Errors
     /// When a node does not end in time; the others are stopped all the same.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
-        let mut outcome = Ok(());
+        let mut outcome = self.primary_mut().stop().await;
         for node in &mut self.nodes {
             outcome = outcome.and(node.stop().await);
         }
@@ -333,7 +397,8 @@ impl Cluster {
     /// Clones every standby but those named, and drops the slots of all others: a slot whose standby does not take
     /// part holds WAL back for nothing.
     async fn clone_standbys(&mut self, usable: &[String]) -> anyhow::Result<()> {
-        let Some((primary, standbys)) = self.nodes.split_first_mut() else { bail!("a cluster has nodes") };
+        let (settings, sync) = (self.options.settings.clone(), self.options.sync);
+        let (primary, standbys) = self.split()?;
         primary
             .admin()
             .await?
@@ -344,12 +409,12 @@ impl Cluster {
             )
             .await
             .context("drop the slots of absent standbys")?;
-        for standby in standbys.iter_mut().filter(|node| !usable.iter().any(|name| name == node.name())) {
+        for standby in standbys.into_iter().filter(|node| !usable.iter().any(|name| name == node.name())) {
             if standby.data().exists() {
                 std::fs::remove_dir_all(standby.data()).context("delete a standby that cannot be used")?;
             }
-            standby.clone_from(primary, self.options.sync).await?;
-            standby.configure(&self.options.settings)?;
+            standby.clone_from(primary, sync).await?;
+            standby.configure(&settings)?;
             standby.start().await?;
         }
         Ok(())
@@ -357,7 +422,7 @@ impl Cluster {
 
     /// From here on commits wait for a standby.
     async fn require_standbys(&mut self) -> anyhow::Result<()> {
-        let names: Vec<&str> = self.nodes.iter().skip(1).map(Postgres::name).collect();
+        let names: Vec<&str> = self.standbys().map(Postgres::name).collect();
         let names = if names.is_empty() { String::new() } else { format!("FIRST 1 ({})", names.join(", ")) };
         let mut settings = self.options.settings.clone();
         settings.push(("synchronous_standby_names".into(), names));
@@ -368,35 +433,14 @@ impl Cluster {
     }
 }
 
+/// The primary in `dir` by the orchestrator's records, when there are any.
+#[must_use]
+pub(crate) fn recorded(dir: &Path) -> Option<String> {
+    recorded_primary(dir)
+}
+
 /// How to connect to `tier0_db` of a node that another process started.
 #[must_use]
 pub fn connection(port: u16, passwords: &Passwords, role: Role) -> tokio_postgres::Config {
     crate::postgres::config(port, passwords, role, DATABASE)
-}
-
-fn nodes(dir: &Path, options: &Options, passwords: &Passwords) -> anyhow::Result<Vec<Postgres>> {
-    (0..=options.standbys)
-        .map(|index| {
-            let port = match options.ports.get(index) {
-                Some(wanted) => Port::near(*wanted)?,
-                None => Port::free()?,
-            };
-            Postgres::new(&format!("region{}", index + 1), dir, port, passwords.clone())
-        })
-        .collect()
-}
-
-/// Copies with owners and modes, sharing blocks where the file system can.
-async fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let output = tokio::process::Command::new("cp")
-        .args(["-a", "--reflink=auto"])
-        .args([from, to])
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .context("run cp")?;
-    if !output.status.success() {
-        bail!("copy {}: {}", from.display(), String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(())
 }

@@ -1,5 +1,7 @@
 //! `tier0 status`, `down`, `logs`, `psql`, `verify`: what is done to a run from another terminal, or after it.
 
+pub mod failover;
+
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -43,12 +45,15 @@ pub async fn status(home: &Home) -> anyhow::Result<ExitCode> {
     }
     say(format!("up since {}, data in {}", since(&up), home.data().display()));
     let mut good = true;
-    for process in &state.processes {
+    good &= failover::show(&state.processes).await;
+    // A node's postmaster changes with each failover; what it is stands above.
+    let managed = state.processes.iter().any(|process| process.name == failover::ORCHESTRATOR);
+    for process in state.processes.iter().filter(|process| !(managed && process.name.starts_with("region"))) {
         let (what, fine) = if process.lives() { health(process).await } else { ("ENDED".into(), false) };
         good &= fine;
         let stat = procfs::stat(process.pid);
         say(format!(
-            "  {:<18}127.0.0.1:{:<7}pid {:<9}{:>5} MB  {what}",
+            "  {:<22}127.0.0.1:{:<7}pid {:<9}{:>5} MB  {what}",
             process.name,
             process.port,
             process.pid,
@@ -60,7 +65,7 @@ pub async fn status(home: &Home) -> anyhow::Result<ExitCode> {
 
 /// Our own programs say more than that they run.
 async fn health(process: &Process) -> (String, bool) {
-    if !process.name.contains("consumer") && !process.name.contains("simulator") {
+    if !["consumer", "simulator", "agent-", "orchestrator"].iter().any(|part| process.name.contains(part)) {
         return ("runs".into(), true);
     }
     match http::get(process.port, "/health/ready").await {

@@ -15,18 +15,42 @@ const MAX_BYTES: u64 = 32 << 20;
 /// # Errors
 /// When there is no complete answer within 3 s.
 pub async fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
-    let request = async {
+    send(port, &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"), LIMIT)
+        .await
+        .with_context(|| format!("GET http://127.0.0.1:{port}{path}"))
+}
+
+/// Status and body of a `POST` with a bearer token and a JSON body, which may be empty.
+///
+/// # Errors
+/// When there is no complete answer within `limit`.
+pub async fn post(
+    port: u16,
+    path: &str,
+    token: &str,
+    body: &str,
+    limit: Duration,
+) -> anyhow::Result<(u16, String)> {
+    let head = format!(
+        "POST {path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {token}\r\nX-Actor: tier0\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    send(port, &head, limit).await.with_context(|| format!("POST http://127.0.0.1:{port}{path}"))
+}
+
+async fn send(port: u16, request: &str, limit: Duration) -> anyhow::Result<(u16, String)> {
+    let exchange = async {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).await.context("connect")?;
         // HTTP/1.0: the server closes the connection after its answer and sends no chunks.
-        let head = format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n");
-        stream.write_all(head.as_bytes()).await.context("send the request")?;
+        stream.write_all(request.as_bytes()).await.context("send the request")?;
         let mut answer = Vec::new();
         stream.take(MAX_BYTES).read_to_end(&mut answer).await.context("read the answer")?;
         parse(&String::from_utf8_lossy(&answer))
     };
-    match tokio::time::timeout(LIMIT, request).await {
-        Ok(answer) => answer.with_context(|| format!("GET http://127.0.0.1:{port}{path}")),
-        Err(_) => bail!("GET http://127.0.0.1:{port}{path}: no answer within {LIMIT:?}"),
+    match tokio::time::timeout(limit, exchange).await {
+        Ok(answer) => answer,
+        Err(_) => bail!("no answer within {limit:?}"),
     }
 }
 

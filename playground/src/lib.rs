@@ -27,6 +27,7 @@ pub mod procfs;
 pub mod program;
 pub mod rabbitmq;
 pub mod redis;
+pub mod regions;
 pub mod scratch;
 pub mod shipped;
 pub mod up;

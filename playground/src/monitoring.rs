@@ -15,8 +15,9 @@ use crate::account::{Account, private_dir, private_file};
 use crate::child::{Child, Start};
 use crate::home::Process;
 use crate::port::Port;
+use crate::program::Program;
 use crate::{http, shipped};
-pub use exporters::{MosquittoAt, PostgresAt, Servers};
+pub use exporters::Servers;
 
 /// Replaying the log of an earlier run takes a while.
 const READY: Duration = Duration::from_secs(60);
@@ -36,6 +37,15 @@ impl Target {
     #[must_use]
     pub fn new(job: &str, instance: &str, port: u16) -> Self {
         Self { job: job.into(), instance: instance.into(), port, labels: Vec::new() }
+    }
+
+    /// One of our programs. An agent is known by its region, the others by their own names.
+    #[must_use]
+    pub fn of(program: &Program) -> Self {
+        match program.name().strip_prefix("agent-") {
+            Some(region) => Self::new("region-agent", region, program.port()),
+            None => Self::new(program.name(), program.name(), program.port()),
+        }
     }
 
     fn label(mut self, name: &'static str, value: impl Into<String>) -> Self {

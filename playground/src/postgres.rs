@@ -19,8 +19,8 @@ use crate::account::{Account, private_file};
 use crate::child::{Child, POLL, Reach, Start};
 use crate::port::Port;
 use crate::{procfs, shipped};
-pub(crate) use connection::config;
 pub use connection::{Db, Passwords, Role, connect};
+pub(crate) use connection::{config, random_word};
 use lock_file::LockFile;
 
 pub const DATABASE: &str = "tier0_db";
@@ -295,10 +295,11 @@ impl Postgres {
         self.port.number()
     }
 
-    /// `None` when it is not running.
+    /// The postmaster's, whoever its parent is; `None` when it is not running.
     #[must_use]
     pub fn pid(&self) -> Option<i32> {
-        self.child.as_ref().map(Child::pid)
+        let others = || LockFile::read(&self.data.join("postmaster.pid")).map(|lock| lock.pid);
+        self.child.as_ref().map(Child::pid).or_else(|| others().filter(|pid| procfs::lives(*pid)))
     }
 
     #[must_use]
@@ -340,7 +341,7 @@ impl Postgres {
         self.data.with_extension("pgpass")
     }
 
-    fn make_parent(&self) -> anyhow::Result<()> {
+    pub(crate) fn make_parent(&self) -> anyhow::Result<()> {
         // They may not write the parent directory; an empty one that belongs to them is what they accept as well.
         crate::account::private_dir(&self.data, self.account.as_ref())
     }

@@ -3,7 +3,7 @@
 //! Region N has the N-th instance; the first is master at first start. Runs as user `redis` when we are root.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use nix::sys::signal::Signal;
@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::account::{Account, private_dir, private_file};
-use crate::child::{Child, Reach, Start};
+use crate::child::{Child, POLL, Reach, Start};
 use crate::port::Port;
 use crate::scratch::Scratch;
 use crate::shipped;
@@ -49,24 +49,28 @@ impl Redis {
     /// When Redis is not installed or does not come up.
     pub async fn start(scratch: &Scratch) -> anyhow::Result<Self> {
         let ports = (0..5).map(|_| Port::free()).collect::<anyhow::Result<_>>()?;
-        Self::open(scratch.path(), ports).await
+        let mut redis = Self::open(scratch.path(), ports, 0).await?;
+        redis.wait_whole().await?;
+        Ok(redis)
     }
 
-    /// With data in `dir/redis-region1` and so on: ports of two instances, then of three Sentinels.
+    /// With data in `dir/redis-region1` and so on: ports of two instances, then of three Sentinels. `master` is the index
+    /// of the instance that begins as such; what they last agreed on is forgotten, their data is kept. Returns when each
+    /// answers; the Sentinels take some seconds more to find one another ([`Redis::settled`]).
     ///
     /// # Errors
     /// As [`Redis::start`].
-    pub async fn open(dir: &Path, ports: Vec<Port>) -> anyhow::Result<Self> {
+    pub async fn open(dir: &Path, ports: Vec<Port>, master: usize) -> anyhow::Result<Self> {
         let mut ports = ports.into_iter();
         let mut next = || ports.next().context("five ports");
         let mut instances = Vec::new();
         for region in 1..=2 {
-            let server = Server::new(dir, &format!("redis-region{region}"), next()?, false)?;
-            let replica_of = instances.first().map(|first: &Server| first.port());
-            server.configure_instance(replica_of)?;
-            instances.push(server);
+            instances.push(Server::new(dir, &format!("redis-region{region}"), next()?, false)?);
         }
-        let master = instances.first().context("an instance")?.port();
+        let master = instances.get(master).context("an instance")?.port();
+        for server in &instances {
+            server.configure_instance(Some(master).filter(|port| *port != server.port()))?;
+        }
         let mut sentinels = Vec::new();
         for number in 1..=3 {
             let server = Server::new(dir, &format!("sentinel-{number}"), next()?, true)?;
@@ -77,7 +81,6 @@ impl Redis {
         for server in redis.instances.iter_mut().chain(&mut redis.sentinels) {
             server.resurrect().await?;
         }
-        redis.wait_whole().await?;
         Ok(redis)
     }
 
@@ -97,6 +100,83 @@ impl Redis {
             }
         }
         Err(failure)
+    }
+
+    /// Waits until there is one master, of which the other is a replica, and the Sentinels say so too.
+    ///
+    /// # Errors
+    /// When it is not so within `limit`.
+    pub async fn settled(&mut self, limit: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let named = self.master().await.unwrap_or_default();
+            let mut roles = Vec::new();
+            for server in &self.instances {
+                roles.push((server.port() == named, server.role().await.unwrap_or_default()));
+            }
+            let fits = |(named, role): &(bool, String)| role == if *named { "master" } else { "slave" };
+            if roles.iter().all(fits) && roles.iter().any(|(named, _)| *named) {
+                return self.wait_whole().await;
+            }
+            if Instant::now() > deadline {
+                bail!("Redis is not settled within {limit:?}: {roles:?}");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Kills the master; its index.
+    ///
+    /// # Errors
+    /// When no Sentinel answers or the process stays.
+    pub async fn kill_master(&mut self) -> anyhow::Result<usize> {
+        let port = self.master().await?;
+        let found = self.instances.iter().position(|server| server.port() == port);
+        let index =
+            found.with_context(|| format!("the Sentinels name a master on {port}, which is not ours"))?;
+        self.instances.get_mut(index).context("an instance")?.kill9().await?;
+        Ok(index)
+    }
+
+    /// Waits until another instance than this one is master, by its own word and by the Sentinels'.
+    ///
+    /// # Errors
+    /// When it is not so within `limit`.
+    pub async fn replaced(&self, killed: usize, limit: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let named = self.master().await.unwrap_or_default();
+            for (index, server) in self.instances.iter().enumerate() {
+                let master = index != killed && server.port() == named;
+                if master && server.role().await.is_ok_and(|role| role == "master") {
+                    return Ok(());
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("the Redis master was not replaced within {limit:?}");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Starts an instance that was killed.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn revive(&mut self, index: usize) -> anyhow::Result<()> {
+        self.instances.get_mut(index).context("an instance")?.resurrect().await
+    }
+
+    /// Stops all of it, Sentinels first.
+    ///
+    /// # Errors
+    /// When one does not end in time; the others are stopped all the same.
+    pub async fn stop(&mut self) -> anyhow::Result<()> {
+        let mut outcome = Ok(());
+        for server in self.sentinels.iter_mut().chain(&mut self.instances) {
+            outcome = outcome.and(server.stop().await);
+        }
+        outcome
     }
 
     /// The settings by which the orchestrator finds this.
@@ -149,7 +229,7 @@ impl Server {
         Ok(Self { name: name.into(), dir, log, port, account, sentinel, child: None })
     }
 
-    /// Written once: Redis and Sentinel keep what they learn in their own configuration.
+    /// Redis and Sentinel write what they learn into this file.
     fn configure_instance(&self, replica_of: Option<u16>) -> anyhow::Result<()> {
         let mut text = format!(
             "port {}\nbind 127.0.0.1\ndir {}\nappendonly yes\nappendfsync everysec\nsave \"\"\nrepl-diskless-sync-delay 0\n\
@@ -175,9 +255,6 @@ impl Server {
 
     fn configure(&self, text: &str) -> anyhow::Result<()> {
         let path = self.dir.join("server.conf");
-        if path.exists() {
-            return Ok(());
-        }
         private_file(&path, text, self.account.as_ref())
     }
 
@@ -241,6 +318,12 @@ impl Server {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// `None` when it is not running.
+    #[must_use]
+    pub fn pid(&self) -> Option<i32> {
+        self.child.as_ref().map(Child::pid)
     }
 
     #[must_use]

@@ -13,7 +13,7 @@ use nix::unistd::geteuid;
 const ROOT: &str = "/var/tmp";
 const LOCK: &str = "scratch.lock";
 
-/// Removed with everything in it when dropped, unless `TIER0_KEEP` is set. What a killed test left behind is removed
+/// Removed with everything in it when dropped, or renamed to `tier0-kept-..` when `TIER0_KEEP` is set. What a killed test left behind is removed
 /// by the next [`Scratch::new`] of the same user. Drop the servers first: declare the scratch before them.
 #[derive(Debug)]
 pub struct Scratch {
@@ -52,7 +52,12 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if std::env::var_os("TIER0_KEEP").is_some() {
-            tracing::info!(path = %self.path.display(), "TIER0_KEEP is set: the directory stays");
+            // Under another name: the next scratch removes what nobody holds.
+            let kept = PathBuf::from(self.path.display().to_string().replace("tier0-scratch", "tier0-kept"));
+            match std::fs::rename(&self.path, &kept) {
+                Ok(()) => tracing::info!(path = %kept.display(), "TIER0_KEEP is set: the directory stays"),
+                Err(error) => tracing::warn!(path = %self.path.display(), %error, "not kept"),
+            }
         } else if let Err(error) = std::fs::remove_dir_all(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "cannot remove the scratch directory");
         }
@@ -87,7 +92,7 @@ mod tests {
         assert!(first.path().is_dir(), "the second did not take the first for abandoned");
         let path = first.path().to_owned();
         drop(first);
-        assert_eq!(path.exists(), std::env::var_os("TIER0_KEEP").is_some());
+        assert!(!path.exists());
         assert!(second.path().is_dir());
     }
 }

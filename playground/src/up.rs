@@ -163,6 +163,7 @@ async fn session(
     home.write_state(&state(stack))?;
     let mut sampler = Sampler::new(started, began, before);
     let end = live(home, args, stack, interrupts, &mut sampler).await?;
+    stack.notices.drain(..).for_each(say);
     match &end {
         End::Time => say("the time is over: draining"),
         End::Finished => say("everything is sent: draining"),
@@ -230,6 +231,16 @@ async fn live(
                 }
                 if let Some(what) = stack.died() {
                     return Ok(End::Died(what));
+                }
+                let notices = stack.tend().await?;
+                if !notices.is_empty() {
+                    home.write_state(&state(stack))?;
+                }
+                // The screen covers what is said: that waits until it is gone.
+                if screen.is_some() {
+                    stack.notices.extend(notices);
+                } else {
+                    notices.iter().for_each(say);
                 }
                 let sample = sampler.take(stack).await;
                 show(&mut screen, sampler, &sample, stack)?;

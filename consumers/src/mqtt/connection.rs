@@ -3,21 +3,25 @@
 //! rumqttc's own event loop writes and flushes every acknowledgement alone, one system call each, and awaits the
 //! socket while it writes. Here all acknowledgements that are due leave in one write, and nothing ever waits for
 //! anything but the socket. docs/decisions/0001 has the figures.
+//!
+//! The broker writes every message alone, and a process that waits for the socket is woken for each. So after a small
+//! read the connection looks away for [`REST`] and then takes what has come together: one wake for many messages.
+//! docs/decisions/0007 has the figures.
 
-use std::io;
+use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
 use std::time::Duration;
 
-use bytes::{BufMut, BytesMut};
+use bytes::{Buf as _, BufMut, BytesMut};
 use rumqttc::v5::mqttbytes::v5::{
     Connect, ConnectProperties, ConnectReturnCode, DisconnectReasonCode, Filter, Login, Packet, PingReq,
     PubAckReason, Publish, RetainForwardRule, Subscribe, SubscribeReasonCode, UnsubAckReason, Unsubscribe,
 };
 use rumqttc::v5::mqttbytes::{self, QoS};
 use service::secret::Secret;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use wire::mqtt::MqttSettings;
 
 use super::settings::ConsumerSettings;
@@ -26,6 +30,10 @@ use super::settings::ConsumerSettings;
 const READ_BYTES: usize = 256 << 10;
 /// A new piece is started when less than this is left in the old one.
 const MIN_READ_BYTES: usize = 16 << 10;
+/// A read of less than this is worth waiting for company: some forty messages.
+const SMALL_READ_BYTES: usize = 16 << 10;
+/// How long after a small read nothing is read. It adds to a reading's way; a batch waits longer for its rows.
+const REST: Duration = Duration::from_millis(1);
 
 /// Packet ids of ours, each used once at a time.
 const SUBSCRIBE_ID: u16 = 1;
@@ -71,8 +79,12 @@ pub enum Incoming {
 /// A connection that has been accepted.
 #[derive(Debug)]
 pub struct Connection {
-    reader: OwnedReadHalf,
-    writer: OwnedWriteHalf,
+    /// Never blocks. Not registered with the runtime, save while something waits for it: a registered socket wakes the
+    /// runtime for every packet that arrives, wanted or not.
+    socket: std::net::TcpStream,
+    rest_until: Option<Instant>,
+    /// What is read goes here first; a `BytesMut` lends out only what is initialised.
+    scratch: Box<[u8]>,
     incoming: BytesMut,
     outgoing: BytesMut,
     max_packet: u32,
@@ -100,11 +112,11 @@ impl Connection {
     ) -> Result<Self, ConnectionError> {
         let stream = TcpStream::connect((broker.host.as_str(), broker.port)).await?;
         stream.set_nodelay(true)?;
-        let (reader, writer) = stream.into_split();
         let max_packet = u32::try_from(settings.max_packet.as_u64()).unwrap_or(u32::MAX);
         let mut connection = Self {
-            reader,
-            writer,
+            socket: stream.into_std()?,
+            rest_until: None,
+            scratch: vec![0; READ_BYTES].into_boxed_slice(),
             incoming: BytesMut::new(),
             outgoing: BytesMut::new(),
             max_packet,
@@ -168,18 +180,6 @@ impl Connection {
         let mut publish = Publish::new(topic, QoS::AtLeastOnce, payload.to_owned(), None);
         publish.pkid = PUBLISH_ID;
         self.queue(&Packet::Publish(publish))
-    }
-
-    /// Waits until the broker has sent something. Cancelling loses nothing.
-    ///
-    /// # Errors
-    /// When the connection has ended.
-    pub async fn readable(&mut self) -> Result<(), ConnectionError> {
-        self.make_room();
-        match self.reader.read_buf(&mut self.incoming).await? {
-            0 => Err(ConnectionError::Closed),
-            _ => Ok(()),
-        }
     }
 
     fn make_room(&mut self) {
@@ -252,20 +252,55 @@ impl Connection {
     /// # Errors
     /// When the connection has ended.
     pub async fn exchange(&mut self, read: bool) -> Result<bool, ConnectionError> {
-        self.make_room();
-        let has_outgoing = self.has_outgoing();
-        tokio::select! {
-            biased;
-            written = self.writer.write_buf(&mut self.outgoing), if has_outgoing => match written? {
-                0 => Err(ConnectionError::Closed),
-                _ => Ok(false),
-            },
-            count = self.reader.read_buf(&mut self.incoming), if read => match count? {
-                0 => Err(ConnectionError::Closed),
-                _ => Ok(true),
-            },
-            else => std::future::pending().await,
+        loop {
+            if self.write()? {
+                return Ok(false);
+            }
+            let resting = self.rest_until.filter(|until| *until > Instant::now());
+            if read && resting.is_none() && self.read()? {
+                return Ok(true);
+            }
+            let interest = match (read && resting.is_none(), self.has_outgoing()) {
+                (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
+                (true, false) => Some(Interest::READABLE),
+                (false, true) => Some(Interest::WRITABLE),
+                (false, false) => None,
+            };
+            tokio::select! {
+                () = sleep_until(resting.unwrap_or_else(Instant::now)), if read && resting.is_some() => {}
+                ready = readiness(&self.socket, interest), if interest.is_some() => ready?,
+                else => std::future::pending().await,
+            }
         }
+    }
+
+    /// Whether something was written.
+    fn write(&mut self) -> Result<bool, ConnectionError> {
+        if !self.has_outgoing() {
+            return Ok(false);
+        }
+        match attempt(|| (&self.socket).write(&self.outgoing))? {
+            Some(0) => Err(ConnectionError::Closed),
+            Some(count) => {
+                self.outgoing.advance(count);
+                Ok(true)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// Whether something was read.
+    fn read(&mut self) -> Result<bool, ConnectionError> {
+        self.make_room();
+        let room = (self.incoming.capacity() - self.incoming.len()).min(self.scratch.len());
+        let Some(scratch) = self.scratch.get_mut(..room) else { return Ok(false) };
+        let Some(count) = attempt(|| (&self.socket).read(scratch))? else { return Ok(false) };
+        if count == 0 {
+            return Err(ConnectionError::Closed);
+        }
+        self.incoming.extend_from_slice(scratch.get(..count).unwrap_or_default());
+        self.rest_until = (count < SMALL_READ_BYTES).then(|| Instant::now() + REST);
+        Ok(true)
     }
 
     /// Says goodbye; the broker keeps the session.
@@ -274,7 +309,7 @@ impl Connection {
         self.outgoing.put_slice(&[0xe0, 0]);
         let goodbye = async {
             self.flush().await?;
-            self.writer.shutdown().await
+            Ok::<_, ConnectionError>(self.socket.shutdown(Shutdown::Write)?)
         };
         match timeout(patience, goodbye).await {
             Ok(Ok(())) => {}
@@ -311,23 +346,50 @@ impl Connection {
         Ok(())
     }
 
-    async fn flush(&mut self) -> io::Result<()> {
-        self.writer.write_all_buf(&mut self.outgoing).await
+    async fn flush(&mut self) -> Result<(), ConnectionError> {
+        while self.has_outgoing() {
+            self.exchange(false).await?;
+        }
+        Ok(())
     }
 
     async fn packet(&mut self) -> Result<Packet, ConnectionError> {
         loop {
             match Packet::read(&mut self.incoming, Some(self.max_packet)) {
                 Ok(packet) => return Ok(packet),
-                Err(mqttbytes::Error::InsufficientBytes(_)) => self.readable().await?,
+                Err(mqttbytes::Error::InsufficientBytes(_)) => {
+                    self.exchange(true).await?;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
     }
 }
 
+/// What a socket that never blocks did; `None`: nothing now.
+fn attempt(mut io: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
+    loop {
+        match io() {
+            Ok(count) => return Ok(Some(count)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Waits until the socket may be ready.
+async fn readiness(socket: &std::net::TcpStream, interest: Option<Interest>) -> io::Result<()> {
+    let Some(interest) = interest else { return Ok(()) };
+    // A handle of its own, whose end is the end of the registration.
+    let registered = TcpStream::from_std(socket.try_clone()?)?;
+    registered.ready(interest).await?;
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncWriteExt as _;
     use tokio::net::TcpListener;
 
     use super::*;

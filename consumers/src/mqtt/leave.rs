@@ -26,7 +26,9 @@ pub(super) fn topic(client_id: &str) -> String {
 enum State {
     Unsubscribing,
     Listening,
+    /// The marker is sent, then taken by the broker.
     Marked,
+    Waiting,
     /// Everything the session held has been received.
     Received,
     Ended,
@@ -126,11 +128,22 @@ impl Farewell {
                             self.topic
                         ),
                     );
+                } else {
+                    self.state = State::Waiting;
                 }
                 Ok(())
             }
             _ => Ok(()),
         }
+    }
+
+    /// Now and then: a broker whose queue for this session was full has dropped the marker without a word.
+    pub(super) fn remind(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
+        if self.state != State::Waiting {
+            return Ok(());
+        }
+        self.state = State::Marked;
+        connection.publish(&self.topic, &self.marker)
     }
 
     /// A message on the marker's topic.

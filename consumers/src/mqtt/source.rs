@@ -185,6 +185,11 @@ impl Source {
                     if !subscribed && room && last_heard.elapsed() > self.broker.connect_timeout {
                         return End::Failed(ConnectionError::Timeout("SUBSCRIBE"));
                     }
+                    if let Some(farewell) = &mut serving.farewell
+                        && let Err(error) = farewell.remind(&mut serving.connection)
+                    {
+                        return End::Failed(error);
+                    }
                     serving.connection.ping();
                 }
                 () = shutdown.cancelled(), if serving.queue.is_some() => {

@@ -109,12 +109,12 @@ impl Session {
         }
     }
 
-    /// The next acknowledgement; pings may come before it.
+    /// The next acknowledgement; pings, and markers of a member that leaves, may come before it.
     pub(crate) async fn puback(&mut self) -> u16 {
         loop {
             match self.next().await {
                 Some(Packet::PubAck(ack)) => return ack.pkid,
-                Some(Packet::PingReq(_)) => {}
+                Some(Packet::PingReq(_) | Packet::Publish(_)) => {}
                 other => panic!("PUBACK expected, not {other:?}"),
             }
         }

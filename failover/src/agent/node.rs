@@ -267,8 +267,11 @@ impl Postgres {
         self.set_rebuilding(None)
     }
 
-    /// What the control file of the stopped node says; none when there is no data.
-    async fn control(&self) -> anyhow::Result<Option<Control>> {
+    /// What the control file of the stopped node says; none when there is no data. Notes the system id.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn control(&self) -> anyhow::Result<Option<Control>> {
         self.clone_for_tools().control().await
     }
 

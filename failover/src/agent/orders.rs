@@ -165,6 +165,8 @@ impl Orders {
             if how != Rejoin::Follow || status.is_stopped() {
                 self.node.conf().mark_standby(true)?;
                 self.node.rebuilt()?;
+                // A clone may be the first this node has ever had: without its system id it could not be promoted.
+                self.node.control().await?;
                 self.node.start().await?;
             }
         }

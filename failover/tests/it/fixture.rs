@@ -4,15 +4,13 @@ use std::time::Duration;
 
 use failover::orchestrator::report::{HistoryReport, Report, Status};
 use ingest::settings::DatabaseSettings;
-use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use playground::cluster::{Cluster, Options};
-use playground::port::Port;
 use playground::postgres::{Db, Role};
 use playground::program::{Launch, Program};
 use playground::redis::Redis;
+use playground::regions::{Plan, Regions, kill_postmaster};
 use playground::scratch::Scratch;
-use playground::shipped;
 use reqwest::{Client, Method};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -61,62 +59,27 @@ impl Setup {
     pub(crate) async fn start(self) -> Fixture {
         let scratch = Scratch::new().unwrap();
         let standbys = if self.three { 2 } else { 1 };
-        let options = Options { standbys, ..Options::default() }.set("wal_receiver_timeout", "1s");
+        let options = Options { standbys, ..Options::default() };
         let mut cluster = Cluster::start(&scratch, options).await.unwrap();
-        cluster.stop().await.unwrap();
-        let mut agents = Vec::new();
-        for index in 0..=standbys {
-            agents.push(
-                agent(&scratch, &cluster, index)
-                    .start_on(scratch.path(), Port::free().unwrap())
-                    .await
-                    .unwrap(),
-            );
+        cluster.hand_over().await.unwrap();
+        // Known to the tests; a playground makes its own.
+        for (name, token) in [("failover-token", TOKEN), ("agent-token", AGENT_TOKEN)] {
+            std::fs::write(scratch.path().join(name), token).unwrap();
         }
-        let nodes: Vec<String> = cluster
-            .nodes
-            .iter()
-            .zip(&agents)
-            .map(|(node, agent)| {
-                format!("{}=127.0.0.1:{}/127.0.0.1:{}", node.name(), node.port(), agent.port())
-            })
-            .collect();
-        let mut launch = Launch::new("failover-orchestrator")
-            .set("orchestrator.dir", scratch.path().join("orchestrator").display())
-            .set("orchestrator.nodes", nodes.join(","))
-            .set("orchestrator.token", TOKEN)
-            .set("orchestrator.agent_token", AGENT_TOKEN)
-            .set("orchestrator.monitor_password", cluster.primary().passwords().of(Role::Monitor))
-            .set("log.filter", "info,failover=debug");
-        for (key, value) in &self.settings {
-            launch = launch.set(key, value);
+        let mut settings = vec![("log.filter".to_owned(), "info,failover=debug".to_owned())];
+        settings.extend(self.settings.into_iter().map(|(key, value)| (key.to_owned(), value)));
+        let plan = Plan { redis: self.redis, settings, ..Plan::default() };
+        let regions = Regions::start(scratch.path(), &mut cluster, plan).await.unwrap();
+        let launch = regions.launch();
+        let Regions { orchestrator, agents, mut redis, .. } = regions;
+        if let Some(redis) = &mut redis {
+            redis.settled(LIMIT).await.unwrap();
         }
-        let redis = if self.redis { Some(Redis::start(&scratch).await.unwrap()) } else { None };
-        launch = launch.envs(redis.iter().flat_map(Redis::environment));
-        let mut orchestrator = launch.clone().start(scratch.path()).await.unwrap();
-        orchestrator.ready(LIMIT).await.unwrap();
         let http = Client::builder().no_proxy().build().unwrap();
         let fixture = Fixture { orchestrator, agents, cluster, redis, http, launch, scratch };
         fixture.whole().await;
         fixture
     }
-}
-
-fn agent(scratch: &Scratch, cluster: &Cluster, index: usize) -> Launch {
-    let node = &cluster.nodes[index];
-    let passwords = node.passwords();
-    Launch::new("region-agent")
-        .named(&format!("agent-{}", node.name()))
-        .set("region_agent.node", node.name())
-        .set("region_agent.data", node.data().display())
-        .set("region_agent.state", scratch.path().join(format!("{}-agent", node.name())).display())
-        .set("region_agent.bin", shipped::postgres_bin().unwrap().display())
-        .set("region_agent.postgres_log", node.log().display())
-        .set("region_agent.port", node.port())
-        .set("region_agent.password", passwords.of(Role::Admin))
-        .set("region_agent.replication_password", passwords.of(Role::Replicator))
-        .set("region_agent.token", AGENT_TOKEN)
-        .set("log.filter", "info,failover=debug")
 }
 
 impl Fixture {
@@ -126,8 +89,6 @@ impl Fixture {
         DatabaseSettings {
             hosts: hosts.join(","),
             password: Secret::new(self.cluster.primary().passwords().of(Role::Owner)),
-            connect_timeout: Duration::from_millis(500),
-            commit_timeout: Duration::from_secs(1),
             ..DatabaseSettings::default()
         }
     }
@@ -235,13 +196,11 @@ impl Fixture {
 
     /// SIGKILL for the postmaster alone, as the kernel's out-of-memory killer does.
     pub(crate) fn kill_postmaster(&self, region: &str) {
-        kill(self.postmaster(region), Signal::SIGKILL).unwrap();
+        kill_postmaster(&self.cluster.nodes[self.index(region)]).unwrap();
     }
 
     pub(crate) fn postmaster(&self, region: &str) -> Pid {
-        let file = self.cluster.nodes[self.index(region)].data().join("postmaster.pid");
-        let text = std::fs::read_to_string(file).unwrap();
-        Pid::from_raw(text.lines().next().unwrap().trim().parse().unwrap())
+        Pid::from_raw(self.cluster.nodes[self.index(region)].pid().unwrap())
     }
 
     /// The agent and its Postgres, at one stroke.
@@ -261,14 +220,6 @@ impl Fixture {
 
     /// Nodes that accept writes now. Looked at directly, not through the orchestrator.
     pub(crate) async fn writable(&self) -> Vec<String> {
-        let mut writable = Vec::new();
-        for node in &self.cluster.nodes {
-            let Ok(db) = node.admin().await else { continue };
-            let recovers: bool = db.query_one("SELECT pg_is_in_recovery()", &[]).await.unwrap().get(0);
-            if !recovers {
-                writable.push(node.name().to_owned());
-            }
-        }
-        writable
+        self.cluster.writable().await
     }
 }

@@ -3,6 +3,7 @@
 //! Failover of real servers: Postgres under our agents, our orchestrator, kills and freezes.
 
 mod copies;
+mod faults;
 mod fixture;
 mod load;
 mod planned;

@@ -192,3 +192,23 @@ async fn loss_needs_a_word_from_an_operator() {
     assert_eq!(fixture.whole().await.current_region, "region2");
     assert_eq!(fixture.writable().await, ["region2"]);
 }
+
+/// A node that never had data, or lost its disk, is cloned, and is as good as any other afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_without_data_is_cloned_and_can_lead() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    fixture.kill_node("region2").await;
+    let data = fixture.cluster.nodes[1].data().to_owned();
+    for entry in std::fs::read_dir(&data).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }.unwrap();
+    }
+    fixture.revive_node("region2").await;
+    fixture.whole().await;
+    assert!(data.join("PG_VERSION").is_file());
+    assert!(fixture.switch("region2").await.success);
+    load.commits_after(Instant::now(), 10).await;
+    fixture.whole().await;
+    load.finish().await;
+}

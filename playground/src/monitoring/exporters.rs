@@ -8,7 +8,10 @@ use anyhow::Context;
 use super::{Running, Target};
 use crate::account::{Account, private_file};
 use crate::child::Start;
+use crate::cluster::Cluster;
 use crate::port::Port;
+use crate::postgres::{DATABASE, Role};
+use crate::redis::{Redis, Server};
 use crate::{http, shipped};
 
 const READY: Duration = Duration::from_secs(30);
@@ -18,28 +21,42 @@ const POSTGRES_PORT: u16 = 9187;
 const MOSQUITTO_PORT: u16 = 9641;
 
 /// The servers an exporter is wanted for.
-#[derive(Debug, Clone, Default)]
-pub struct Servers {
-    pub postgres: Vec<PostgresAt>,
-    pub mosquitto: Option<MosquittoAt>,
-    /// Names and ports, Sentinels apart.
-    pub redis: Vec<(String, u16)>,
-    pub sentinels: Vec<(String, u16)>,
-}
-
-/// A node, and who may look into it.
 #[derive(Debug, Clone)]
-pub struct PostgresAt {
-    pub name: String,
-    pub port: u16,
-    pub user: String,
-    pub password: String,
-    pub database: String,
+pub struct Servers {
+    postgres: Vec<PostgresAt>,
+    mosquitto: Option<u16>,
+    /// Names and ports, Sentinels apart.
+    redis: Vec<(String, u16)>,
+    sentinels: Vec<(String, u16)>,
 }
 
-#[derive(Debug, Clone, Copy)]
-pub struct MosquittoAt {
-    pub port: u16,
+/// A node, and the password of the role that may look into it.
+#[derive(Debug, Clone)]
+struct PostgresAt {
+    name: String,
+    port: u16,
+    password: String,
+}
+
+impl Servers {
+    /// Every node of a cluster, the MQTT broker by its port, Redis with its Sentinels.
+    #[must_use]
+    pub fn of(cluster: &Cluster, mosquitto: Option<u16>, redis: Option<&Redis>) -> Self {
+        let node = |node: &crate::postgres::Postgres| PostgresAt {
+            name: node.name().into(),
+            port: node.port(),
+            password: node.passwords().of(Role::Monitor).into(),
+        };
+        let names = |servers: &[Server]| -> Vec<(String, u16)> {
+            servers.iter().map(|server| (server.name().to_owned(), server.port())).collect()
+        };
+        Self {
+            postgres: cluster.nodes.iter().map(node).collect(),
+            mosquitto,
+            redis: redis.map(|redis| names(&redis.instances)).unwrap_or_default(),
+            sentinels: redis.map(|redis| names(&redis.sentinels)).unwrap_or_default(),
+        }
+    }
 }
 
 /// Starts them; returns what Prometheus is to scrape.
@@ -101,8 +118,8 @@ impl Starter<'_> {
         let queries = self.dir.join("postgres-queries.yml");
         private_file(&queries, &shipped::config("prometheus/postgres-queries.yml")?, self.account)?;
         let environment = [
-            ("DATA_SOURCE_URI", format!("127.0.0.1:{}/{}?sslmode=disable", at.port, at.database)),
-            ("DATA_SOURCE_USER", at.user.clone()),
+            ("DATA_SOURCE_URI", format!("127.0.0.1:{}/{DATABASE}?sslmode=disable", at.port)),
+            ("DATA_SOURCE_USER", Role::Monitor.name().to_owned()),
             ("DATA_SOURCE_PASS", at.password.clone()),
         ];
         let args = |port: u16| {
@@ -117,14 +134,14 @@ impl Starter<'_> {
         self.start(&name, "prometheus-postgres-exporter", POSTGRES_PORT, args, &environment).await
     }
 
-    async fn mosquitto(&self, at: MosquittoAt) -> anyhow::Result<Running> {
+    async fn mosquitto(&self, broker: u16) -> anyhow::Result<Running> {
         const SERVER: &str = "tcp://127.0.0.1:1883";
         let text = shipped::config("prometheus/mosquitto-exporter.yml")?;
         if !text.contains(SERVER) {
             anyhow::bail!("config/prometheus/mosquitto-exporter.yml does not name the server {SERVER}");
         }
         let config = self.dir.join("mosquitto-exporter.yml");
-        let text = text.replace(SERVER, &format!("tcp://127.0.0.1:{}", at.port));
+        let text = text.replace(SERVER, &format!("tcp://127.0.0.1:{broker}"));
         private_file(&config, &text, self.account)?;
         let args = |port: u16| {
             let port = port.to_string();

@@ -19,9 +19,9 @@ pub enum Role {
     Owner,
     /// Streams WAL.
     Replicator,
-    /// Looks into the server's statistics, for exporters and the orchestrator's probes. Reads no table.
+    /// Looks at the server's own statistics, for probes and exporters. Sees no table.
     Monitor,
-    /// Reads every table and writes none, for dashboards.
+    /// Reads every table, for dashboards. Writes nothing.
     Reader,
 }
 
@@ -44,7 +44,6 @@ pub struct Passwords {
     admin: String,
     owner: String,
     replicator: String,
-    /// Empty in the file of a cluster that was made before there were these roles.
     #[serde(default)]
     monitor: String,
     #[serde(default)]
@@ -64,19 +63,10 @@ impl Passwords {
         })
     }
 
-    /// Makes the passwords an older file lacks. Whether there were any.
-    ///
-    /// # Errors
-    /// As [`Passwords::random`].
-    pub(crate) fn complete(&mut self) -> anyhow::Result<bool> {
-        let mut made = false;
-        for word in [&mut self.monitor, &mut self.reader] {
-            if word.is_empty() {
-                *word = random_word()?;
-                made = true;
-            }
-        }
-        Ok(made)
+    /// Those of an older playground lack some roles.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        !self.monitor.is_empty() && !self.reader.is_empty()
     }
 
     #[must_use]
@@ -97,7 +87,7 @@ impl std::fmt::Debug for Passwords {
     }
 }
 
-fn random_word() -> anyhow::Result<String> {
+pub(crate) fn random_word() -> anyhow::Result<String> {
     use std::io::Read;
     let mut bytes = [0_u8; 16];
     std::fs::File::open("/dev/urandom")

@@ -64,7 +64,7 @@ pub(super) async fn finish(
         },
         None => None,
     };
-    stack.cluster.wait_replayed(REPLAY).await?;
+    stack.settle(REPLAY).await?;
     let run = home.run()?;
     let retention = run.and_then(|run| run.retention);
     let scope = match run {

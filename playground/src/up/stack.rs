@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use super::sessions::Sessions;
 use super::watching::Watching;
@@ -15,6 +15,7 @@ use crate::mosquitto::Mosquitto;
 use crate::port::Port;
 use crate::postgres::{Role, connect};
 use crate::program::{Launch, Program};
+use crate::regions::{self, Regions};
 
 const POSTGRES_PORTS: [u16; 2] = [5432, 5433];
 const MQTT_PORT: u16 = 1883;
@@ -33,9 +34,13 @@ pub(super) struct Stack {
     pub(super) simulator: Option<Program>,
     pub(super) consumer: Option<Program>,
     pub(super) broker: Option<Mosquitto>,
+    /// Unless there is only one region.
+    pub(super) regions: Option<Regions>,
     pub(super) cluster: Cluster,
     /// The tables held rows before this run.
     pub(super) kept: bool,
+    /// To be said when the screen is free.
+    pub(super) notices: Vec<String>,
 }
 
 impl Stack {
@@ -51,9 +56,19 @@ impl Stack {
             report("mosquitto", broker.port(), started, "");
             anyhow::Ok(Some(broker))
         };
-        let ((cluster, kept), broker) = tokio::try_join!(databases(dir, with(Part::Region2)), broker)?;
-        let mut stack =
-            Self { watching: None, sessions: None, simulator: None, consumer: None, broker, cluster, kept };
+        let ((cluster, regions, kept), broker) =
+            tokio::try_join!(databases(dir, with(Part::Region2)), broker)?;
+        let mut stack = Self {
+            watching: None,
+            sessions: None,
+            simulator: None,
+            consumer: None,
+            broker,
+            regions,
+            cluster,
+            kept,
+            notices: Vec::new(),
+        };
         if with(Part::MqttConsumer) {
             let started = Instant::now();
             let launch = Launch::new("mqtt-consumer").envs(stack.environment());
@@ -105,7 +120,8 @@ impl Stack {
     pub(super) fn start_watching(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {
         if !args.without.contains(&Part::Monitoring) {
             let mosquitto = self.broker.as_ref().map(Mosquitto::port);
-            self.watching = Some(Watching::start(home.data(), &self.cluster, mosquitto)?);
+            let redis = self.regions.as_ref().and_then(|regions| regions.redis.as_ref());
+            self.watching = Some(Watching::start(home.data(), &self.cluster, mosquitto, redis)?);
         }
         Ok(())
     }
@@ -121,7 +137,9 @@ impl Stack {
             let telemetry = [&self.consumer, &self.simulator].into_iter().flatten();
             let activity = self.sessions.iter().flat_map(Sessions::programs);
             let rabbitmq = self.sessions.as_ref().and_then(Sessions::metrics_port);
-            watching.watch(telemetry.chain(activity), rabbitmq)?;
+            let managers = self.regions.iter();
+            let managers = managers.flat_map(|regions| regions.agents.iter().chain([&regions.orchestrator]));
+            watching.watch(telemetry.chain(activity).chain(managers), rabbitmq)?;
         }
         Ok(Some(sessions.into_iter().chain(watching).flatten().collect()))
     }
@@ -145,7 +163,9 @@ impl Stack {
         if let Some(what) = self.watching.as_mut().and_then(Watching::died) {
             return Some(what);
         }
-        for node in &mut self.cluster.nodes {
+        // With agents a node that ends is their affair, and the orchestrator's.
+        let alone = self.regions.is_none();
+        for node in self.cluster.nodes.iter_mut().filter(|_| alone) {
             if !node.is_running() {
                 return Some(format!(
                     "{} ended by itself{}",
@@ -168,13 +188,48 @@ impl Stack {
         self.simulator.as_ref()?.metrics().await.ok()
     }
 
+    /// Starts again what has ended beside the nodes, as a service manager would, and notes who is primary now.
+    /// What there is to say about it is in the answer: the screen may be in use.
+    pub(super) async fn tend(&mut self) -> anyhow::Result<Vec<String>> {
+        let Some(regions) = &mut self.regions else { return Ok(Vec::new()) };
+        let revived = regions.revive().await?;
+        let mut notices: Vec<String> =
+            revived.iter().map(|name| format!("{name} had ended and was started again")).collect();
+        if let Ok(status) = regions.status().await {
+            let before = self.cluster.primary().name().to_owned();
+            self.cluster.led_by(&status.current_region)?;
+            if before != status.current_region {
+                let gap = status.last_failover.and_then(|last| last.write_gap_ms);
+                let gap = gap.map_or_else(String::new, |ms| format!(" (nobody could write for {ms:.0} ms)"));
+                notices.push(format!("the primary is {} now{gap}", status.current_region));
+            }
+        }
+        Ok(notices)
+    }
+
+    /// Waits until every node has everything that was committed.
+    pub(super) async fn settle(&mut self, limit: Duration) -> anyhow::Result<()> {
+        if let Some(regions) = &self.regions {
+            let status = regions.whole(limit).await?;
+            self.cluster.led_by(&status.current_region)?;
+        }
+        self.cluster.wait_replayed(limit).await
+    }
+
     pub(super) fn processes(&self) -> Vec<Process> {
         let nodes = self.cluster.nodes.iter().map(|node| (node.name(), node.pid(), node.port(), node.log()));
         let broker =
             self.broker.iter().map(|broker| ("mosquitto", broker.pid(), broker.port(), broker.log()));
-        let programs = [&self.consumer, &self.simulator].into_iter().flatten();
+        let regions = self.regions.iter();
+        let managers =
+            regions.clone().flat_map(|regions| regions.agents.iter().chain([&regions.orchestrator]));
+        let programs = managers.chain([&self.consumer, &self.simulator].into_iter().flatten());
+        let redis = regions.filter_map(|regions| regions.redis.as_ref());
+        let redis = redis.flat_map(|redis| redis.instances.iter().chain(&redis.sentinels));
+        let redis = redis.map(|server| (server.name(), server.pid(), server.port(), server.log()));
         let programs = programs.map(|program| (program.name(), program.pid(), program.port(), program.log()));
         nodes
+            .chain(redis)
             .chain(broker)
             .chain(programs)
             .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
@@ -205,7 +260,12 @@ impl Stack {
                     None => Ok(()),
                 }
             },
-            self.cluster.stop()
+            async {
+                match self.regions.take() {
+                    Some(regions) => regions.stop().await,
+                    None => self.cluster.stop().await,
+                }
+            }
         );
         outcome.and(broker).and(cluster)
     }
@@ -221,27 +281,63 @@ impl Stack {
     }
 }
 
-/// The nodes with the schema and the registry in place, and whether their data is that of an earlier run.
-async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, bool)> {
+/// The nodes with the schema and the registry in place, what manages them, and whether their data is that of an earlier
+/// run.
+async fn databases(dir: &Path, standby: bool) -> anyhow::Result<(Cluster, Option<Regions>, bool)> {
     let started = Instant::now();
     let standbys = usize::from(standby);
     let options = Options { standbys, settings: Vec::new(), ports: POSTGRES_PORTS.to_vec(), sync: true };
     let kept = Cluster::exists(dir);
-    let cluster = if kept {
-        let cluster = Cluster::open(dir, options).await?;
-        fill(cluster.primary().config(Role::Owner)).await?;
-        cluster
-    } else {
-        Cluster::remove(dir)?;
-        Cluster::create_filled(dir, options, fill).await?
+    let managed = dir.join("orchestrator");
+    if kept && !standby && managed.exists() {
+        bail!("the data is that of two regions that wait for each other; --fresh starts anew with one");
+    }
+    let mut cluster = match (kept, standby) {
+        (true, true) => Cluster::attach(dir, options, &Cluster::passwords(dir)?)?,
+        (true, false) => Cluster::open(dir, options).await?,
+        (false, _) => {
+            Cluster::remove(dir)?;
+            if managed.exists() {
+                std::fs::remove_dir_all(&managed).context("forget the failovers of data that is gone")?;
+            }
+            Cluster::create_filled(dir, options, fill).await?
+        }
     };
     for (node, wanted) in cluster.nodes.iter().zip(POSTGRES_PORTS) {
         taken(node.name(), wanted, node.port()).into_iter().for_each(say);
     }
-    for (index, node) in cluster.nodes.iter().enumerate() {
-        report(node.name(), node.port(), started, if index == 0 { "primary" } else { "synchronous standby" });
+    let regions = if standby { Some(take_over(dir, &mut cluster).await?) } else { None };
+    if kept {
+        fill(cluster.primary().config(Role::Owner)).await?;
     }
-    Ok((cluster, kept))
+    for node in &cluster.nodes {
+        let primary = node.name() == cluster.primary().name();
+        report(node.name(), node.port(), started, if primary { "primary" } else { "synchronous standby" });
+    }
+    if let Some(regions) = &regions {
+        report(
+            "orchestrator",
+            regions.orchestrator.port(),
+            started,
+            "/status /history; tier0 failover region2",
+        );
+        if let Some(redis) = &regions.redis {
+            for server in &redis.instances {
+                report(server.name(), server.port(), started, "behind three Sentinels");
+            }
+        }
+    }
+    Ok((cluster, regions, kept))
+}
+
+/// Puts agents, orchestrator and Redis around the nodes, and waits until both have everything.
+async fn take_over(dir: &Path, cluster: &mut Cluster) -> anyhow::Result<Regions> {
+    cluster.hand_over().await?;
+    let plan = regions::Plan { ports: Some(regions::CONTRACT), redis: true, ..regions::Plan::default() };
+    let regions = Regions::start(dir, cluster, plan).await?;
+    let status = regions.whole(READY).await?;
+    cluster.led_by(&status.current_region)?;
+    Ok(regions)
 }
 
 /// The schema, 10 sites and 100,000 devices.

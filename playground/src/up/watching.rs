@@ -8,10 +8,10 @@ use tokio::task::JoinSet;
 use super::stack::{taken, up_line};
 use crate::cluster::Cluster;
 use crate::home::Process;
-use crate::monitoring::{Monitoring, MosquittoAt, PostgresAt, Servers, Target};
+use crate::monitoring::{Monitoring, Servers, Target};
 use crate::port::Port;
-use crate::postgres::{DATABASE, Role};
 use crate::program::Program;
+use crate::redis::Redis;
 
 /// As in the contract.
 const PORT: u16 = 9090;
@@ -26,19 +26,13 @@ pub(super) struct Watching {
 
 impl Watching {
     /// Starts it, without waiting.
-    pub(super) fn start(dir: &Path, cluster: &Cluster, mosquitto: Option<u16>) -> anyhow::Result<Self> {
-        let postgres = cluster.nodes.iter().map(|node| PostgresAt {
-            name: node.name().into(),
-            port: node.port(),
-            user: Role::Monitor.name().into(),
-            password: node.passwords().of(Role::Monitor).into(),
-            database: DATABASE.into(),
-        });
-        let servers = Servers {
-            postgres: postgres.collect(),
-            mosquitto: mosquitto.map(|port| MosquittoAt { port }),
-            ..Servers::default()
-        };
+    pub(super) fn start(
+        dir: &Path,
+        cluster: &Cluster,
+        mosquitto: Option<u16>,
+        redis: Option<&Redis>,
+    ) -> anyhow::Result<Self> {
+        let servers = Servers::of(cluster, mosquitto, redis);
         let dir = dir.to_owned();
         let mut starting = JoinSet::new();
         starting.spawn(async move {
@@ -74,8 +68,7 @@ impl Watching {
         rabbitmq: Option<u16>,
     ) -> anyhow::Result<()> {
         let Some(running) = &mut self.running else { return Ok(()) };
-        let targets: Vec<Target> =
-            programs.map(|program| Target::new(program.name(), program.name(), program.port())).collect();
+        let targets: Vec<Target> = programs.map(Target::of).collect();
         running.watch(&targets, rabbitmq)
     }
 

@@ -1,0 +1,330 @@
+//! Which node is the primary: watched all the time, through one session per node.
+//!
+//! A promotion is seen within milliseconds, without a login: sessions to a standby survive it. As soon as a node with a
+//! higher timeline is seen, every connection to the others ends, so that a frozen old primary holds nobody up for as long
+//! as a commit may take. A timeline below one already seen is never believed again. Nothing here cancels a statement.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_postgres::Config;
+use tokio_util::sync::CancellationToken;
+
+use super::connection::{Opened, open, standing};
+
+/// How long the first primary seen has to wait for nodes that have not answered yet: one of them may be ahead.
+const STRAGGLER_WAIT: Duration = Duration::from_millis(300);
+/// How often every node is asked while one is the primary: what a frozen primary adds to a gap, at most.
+const CALM: Duration = Duration::from_millis(100);
+/// While none is.
+const HASTE: Duration = Duration::from_millis(10);
+/// Between two tries to open a session with a node.
+const REOPEN: Duration = Duration::from_millis(50);
+
+/// A node's last word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Word {
+    /// Not asked yet.
+    None,
+    /// Its timeline; nothing while it is in recovery.
+    Standing(Option<u32>),
+    /// Why there is none.
+    Failed(String),
+}
+
+/// What all nodes say, and what follows from it. Pure.
+#[derive(Debug)]
+struct Words {
+    highest: u32,
+    words: Vec<Word>,
+}
+
+impl Words {
+    /// The node to write to: writable, and not on an older timeline than one seen before.
+    fn primary(&self) -> Option<(usize, u32)> {
+        let leads = |(index, word): (usize, &Word)| match word {
+            Word::Standing(Some(timeline)) => Some((index, *timeline)),
+            _ => None,
+        };
+        let best = self.words.iter().enumerate().filter_map(leads).max_by_key(|(_, timeline)| *timeline)?;
+        (best.1 >= self.highest).then_some(best)
+    }
+
+    fn is_settled(&self) -> bool {
+        self.words.iter().all(|word| *word != Word::None)
+    }
+
+    /// # Errors
+    /// Why a node of this standing is not written to.
+    fn admit(&mut self, standing: Option<u32>) -> Result<(), String> {
+        let Some(timeline) = standing else {
+            return Err("no primary: the node that answered is in recovery".into());
+        };
+        if timeline < self.highest {
+            return Err(format!(
+                "an old primary answered: timeline {timeline}, but {} was seen",
+                self.highest
+            ));
+        }
+        self.highest = timeline;
+        Ok(())
+    }
+}
+
+/// One node.
+#[derive(Debug)]
+struct Node {
+    config: Config,
+    address: String,
+    /// Ends every connection to it. Replaced when it has been used.
+    cut: Mutex<CancellationToken>,
+    /// Sessions opened while it was a standby: after its promotion nobody has to log in first.
+    spares: Mutex<Vec<Opened>>,
+}
+
+/// Watches until dropped.
+#[derive(Debug)]
+pub(super) struct Sight {
+    nodes: Vec<Node>,
+    words: Mutex<Words>,
+    primary: watch::Sender<Option<usize>>,
+    began: Instant,
+    patience: Duration,
+    spares: usize,
+}
+
+/// Ends the watching when dropped.
+#[derive(Debug)]
+pub(super) struct Watching {
+    pub(super) sight: Arc<Sight>,
+    _tasks: JoinSet<()>,
+}
+
+impl Watching {
+    /// Begins to watch `nodes`, reached with `base`. `spares` are the sessions kept ready with each standby.
+    pub(super) fn begin(base: &Config, nodes: Vec<(String, u16)>, patience: Duration, spares: usize) -> Self {
+        let nodes: Vec<Node> = nodes
+            .into_iter()
+            .map(|(host, port)| {
+                let mut config = base.clone();
+                config.host(&host).port(port);
+                Node {
+                    config,
+                    address: format!("{host}:{port}"),
+                    cut: Mutex::default(),
+                    spares: Mutex::default(),
+                }
+            })
+            .collect();
+        let words = Words { highest: 0, words: vec![Word::None; nodes.len()] };
+        let sight = Arc::new(Sight {
+            words: Mutex::new(words),
+            primary: watch::Sender::new(None),
+            began: Instant::now(),
+            patience,
+            // With one node there is nothing to cut over to.
+            spares: if nodes.len() > 1 { spares } else { 0 },
+            nodes,
+        });
+        let mut tasks = JoinSet::new();
+        for index in 0..sight.nodes.len() {
+            tasks.spawn(sight.clone().watch(index));
+        }
+        Self { sight, _tasks: tasks }
+    }
+}
+
+impl Sight {
+    /// Waits for a primary.
+    ///
+    /// # Errors
+    /// With every node's last word, when there is none within `limit`.
+    pub(super) async fn wait(&self, limit: Duration) -> Result<(), String> {
+        let mut primary = self.primary.subscribe();
+        match timeout(limit, primary.wait_for(Option::is_some)).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(self.explain()),
+        }
+    }
+
+    fn explain(&self) -> String {
+        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let each: Vec<String> = self
+            .nodes
+            .iter()
+            .zip(&words.words)
+            .map(|(node, word)| match word {
+                Word::None => format!("{}: no answer yet", node.address),
+                Word::Standing(None) => format!("{}: in recovery", node.address),
+                Word::Standing(Some(timeline)) => {
+                    format!("{}: timeline {timeline}, but {} was seen", node.address, words.highest)
+                }
+                Word::Failed(reason) => format!("{}: {reason}", node.address),
+            })
+            .collect();
+        format!("no primary ({})", each.join("; "))
+    }
+
+    /// A connection to the primary, one that is open already if there is any.
+    ///
+    /// # Errors
+    /// When it cannot be opened; `Ok(None)` when it is not within the time, or there is no primary.
+    pub(super) async fn connect(&self) -> Result<Option<Opened>, tokio_postgres::Error> {
+        let Some(node) = self.primary.borrow().and_then(|index| self.nodes.get(index)) else {
+            return Ok(None);
+        };
+        let spare = loop {
+            match node.spares.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+                Some((client, _)) if client.is_closed() => {}
+                other => break other,
+            }
+        };
+        match spare {
+            Some(spare) => Ok(Some(spare)),
+            None => timeout(self.patience, open(&node.config, node.token())).await.ok().transpose(),
+        }
+    }
+
+    /// Whether a node of this standing may be written to; a higher timeline than before is remembered.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn admit(&self, standing: Option<u32>) -> Result<(), String> {
+        self.words.lock().unwrap_or_else(PoisonError::into_inner).admit(standing)
+    }
+
+    async fn watch(self: Arc<Self>, index: usize) {
+        let Some(node) = self.nodes.get(index) else { return };
+        loop {
+            // Its own token: the watcher's session is not one of those that a cut-over ends.
+            let reason = match timeout(self.patience, open(&node.config, CancellationToken::new())).await {
+                Ok(Ok(opened)) => self.follow(index, node, opened).await,
+                Ok(Err(error)) => super::full(&error),
+                Err(_) => format!("no session within {:?}", self.patience),
+            };
+            self.note(index, Word::Failed(reason));
+            sleep(REOPEN).await;
+        }
+    }
+
+    /// Asks through one session until it fails; says why it did.
+    async fn follow(&self, index: usize, node: &Node, (client, driver): Opened) -> String {
+        let mut primary = self.primary.subscribe();
+        let mut ended = driver;
+        loop {
+            let standing = match timeout(self.patience, standing(&client)).await {
+                Ok(Ok(standing)) => standing,
+                Ok(Err(error)) => return super::full(&error),
+                Err(_) => return format!("no answer within {:?}", self.patience),
+            };
+            self.note(index, Word::Standing(standing));
+            if standing.is_none() {
+                self.keep_spare(node).await;
+            }
+            let calm = primary.borrow_and_update().is_some();
+            tokio::select! {
+                _ = &mut ended => return "the session ended".into(),
+                // The primary went or came: look at once.
+                _ = primary.changed() => {}
+                () = sleep(if calm { CALM } else { HASTE }) => {}
+            }
+        }
+    }
+
+    /// Opens one session more, while there are too few and nobody is in need of a primary.
+    async fn keep_spare(&self, node: &Node) {
+        let missing = {
+            let mut spares = node.spares.lock().unwrap_or_else(PoisonError::into_inner);
+            spares.retain(|(client, _)| !client.is_closed());
+            spares.len() < self.spares
+        };
+        if missing
+            && self.primary.borrow().is_some()
+            && let Ok(Ok(opened)) = timeout(self.patience, open(&node.config, node.token())).await
+        {
+            node.spares.lock().unwrap_or_else(PoisonError::into_inner).push(opened);
+        }
+    }
+
+    fn note(&self, index: usize, word: Word) {
+        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = words.words.get_mut(index) {
+            *known = word;
+        }
+        let found = words.primary();
+        if words.highest == 0 && !words.is_settled() && self.began.elapsed() < STRAGGLER_WAIT {
+            return;
+        }
+        if let Some((leader, timeline)) = found {
+            if timeline > words.highest {
+                tracing::info!(
+                    primary = self.nodes.get(leader).map(|node| &node.address),
+                    timeline,
+                    "primary"
+                );
+            }
+            words.highest = timeline;
+        }
+        let found = found.map(|(leader, _)| leader);
+        self.primary.send_if_modified(|known| {
+            let before = std::mem::replace(known, found);
+            if found.is_some() && before != found {
+                let others = self.nodes.iter().enumerate().filter(|(other, _)| Some(*other) != found);
+                others.for_each(|(_, node)| node.cut());
+            }
+            before != found
+        });
+    }
+}
+
+impl Node {
+    fn token(&self) -> CancellationToken {
+        self.cut.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends every connection to this node.
+    fn cut(&self) {
+        let token = std::mem::take(&mut *self.cut.lock().unwrap_or_else(PoisonError::into_inner));
+        token.cancel();
+        self.spares.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn primary(highest: u32, words: &[Word]) -> Option<usize> {
+        Words { highest, words: words.to_vec() }.primary().map(|(index, _)| index)
+    }
+
+    #[test]
+    fn the_highest_timeline_wins_and_no_lower_one_is_believed_again() {
+        use Word::{Failed, None as Unasked, Standing};
+        let failed = || Failed("gone".into());
+        for (highest, words, expected) in [
+            (0, vec![Standing(Some(1)), Standing(None)], Some(0)),
+            (0, vec![Standing(Some(1)), Standing(Some(2))], Some(1)),
+            (1, vec![Standing(None), Standing(None)], None),
+            (1, vec![failed(), Standing(None)], None),
+            (2, vec![Standing(Some(1)), failed()], None),
+            (2, vec![Standing(Some(1)), Unasked], None),
+            (2, vec![Standing(Some(3)), Standing(Some(2))], Some(0)),
+        ] {
+            assert_eq!(primary(highest, &words), expected, "{highest} {words:?}");
+        }
+    }
+
+    #[test]
+    fn an_old_primary_is_never_believed_again() {
+        let mut words = Words { highest: 0, words: Vec::new() };
+        assert!(words.admit(Some(1)).is_ok());
+        assert!(words.admit(None).unwrap_err().contains("recovery"));
+        assert!(words.admit(Some(3)).is_ok());
+        assert!(words.admit(Some(2)).unwrap_err().contains("timeline 2"));
+        assert!(words.admit(Some(3)).is_ok());
+    }
+}
