@@ -53,7 +53,14 @@ impl Connection {
             let consumer = channel.basic_consume(queue, "".into(), options, FieldTable::default()).await?;
             Ok::<_, lapin::Error>((channel, consumer))
         };
-        let (channel, consumer) = in_time(wait, consuming).await?;
+        let Ok(consuming) = timeout(wait, consuming).await else {
+            let queue = &broker.queue;
+            return Err(AmqpError::Retry(format!(
+                "queue {queue} does not answer within {wait:?}. `rabbitmq-queues quorum_status {queue}` says whether it has a \
+                 leader; one that was declared only seconds before its broker was killed never gets one and must be deleted"
+            )));
+        };
+        let (channel, consumer) = consuming?;
         let queue = Bytes::copy_from_slice(broker.queue.as_bytes());
         Ok(Self { inner, channel, consumer, ended: None, generation, queue, wait })
     }

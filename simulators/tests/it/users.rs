@@ -166,6 +166,7 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
     while confirmed().await < 1000 {
         sleep(Duration::from_millis(20)).await;
     }
+    users.broker.until_registered(&Broker::default().queue).await.unwrap();
     users.broker.kill9().await.unwrap();
     users.broker.resurrect().await.unwrap();
     assert!(simulator.wait(PATIENCE).await.unwrap().success());
