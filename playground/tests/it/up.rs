@@ -71,7 +71,9 @@ impl Tier0 {
 
     fn processes(&self) -> Vec<Process> {
         let processes = Home::open(&self.dir()).unwrap().state().unwrap().processes;
-        assert_eq!(processes.len(), 5, "{processes:?}");
+        for name in ["region1", "region2", "orchestrator", "mosquitto", "mqtt-consumer", "device-simulator"] {
+            assert!(processes.iter().any(|process| process.name.ends_with(name)), "no {name}: {processes:?}");
+        }
         processes
     }
 
