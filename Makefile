@@ -3,7 +3,7 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build bench bench-growth bench-sessions drill fuzz down clean bench-failover drill-failover
+.PHONY: up test check install build secrets device bench bench-growth bench-sessions bench-failover drill drill-failover fuzz down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -12,6 +12,10 @@ up: install
 
 # Everything that must hold before a change goes in. .ci/run calls this and nothing else.
 test: install check build
+	@playground/install.sh test
+	.ci/mosquitto.sh
+	.ci/compose.py
+	.ci/regions.sh
 	$(CARGO) test --workspace --locked
 
 # Formatting, lints, the architecture's invariants: no server needed.
@@ -20,6 +24,7 @@ check:
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	.ci/architecture.sh
 	.ci/prometheus.sh
+	.ci/licences.py
 
 # The programs that integration tests start.
 build:
@@ -65,6 +70,14 @@ drill-failover: install
 # The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
 fuzz:
 	PROPTEST_CASES=$(or $(CASES),300000) $(CARGO) test --release --locked -p ingest -p wire --lib
+
+# Passwords and tokens for `docker compose up`, into secrets/ and .env; makes what is missing. ARGS=--simulators for theirs.
+secrets:
+	config/compose/make-secrets.py $(ARGS)
+
+# A device's account on the broker, or a new password for it: make device ID=TURB-00417
+device:
+	config/compose/make-secrets.py --device "$(ID)"
 
 # End what `make up` started in another terminal, in order.
 down:
