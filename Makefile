@@ -3,7 +3,8 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install build secrets device bench bench-growth bench-sessions bench-failover drill drill-failover fuzz down clean
+.PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
+	drill-outages drill-failover fuzz down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -11,8 +12,7 @@ up: install
 	target/release/tier0 up $(ARGS)
 
 # Everything that must hold before a change goes in. .ci/run calls this and nothing else.
-test: install check build
-	@playground/install.sh test
+test: install install-test check build
 	.ci/mosquitto.sh
 	.ci/compose.py
 	.ci/regions.sh
@@ -35,6 +35,10 @@ install:
 	@command -v $(CARGO) >/dev/null || { echo "a Rust toolchain is needed: https://rustup.rs" >&2; exit 1; }
 	@playground/install.sh
 
+# What the checks of the deployment need besides.
+install-test:
+	@playground/install.sh test
+
 # How fast, beside what the machine's parts can do alone; writes target/bench.json.
 bench:
 	@playground/install.sh bench
@@ -56,13 +60,15 @@ bench-failover: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench-failover $(ARGS)
 
-# Each part taken away for a minute under load; about half an hour. One of them: make drill ARGS="--only postgres-away"
-# Then random faults on two regions for five minutes; their seed is printed: make drill-failover ARGS="--seed 42"
-drill: install
+# Both drills: half an hour and five minutes.
+drill: drill-outages drill-failover
+
+# Each part taken away for a minute under load. One of them: make drill-outages ARGS="--only postgres-away"
+drill-outages: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 drill outages --json target/outages.json $(ARGS)
-	target/release/tier0 drill failover
 
+# Random faults on two regions; their seed is printed. Again with it: make drill-failover ARGS="--seed 42"
 drill-failover: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 drill failover $(ARGS)
