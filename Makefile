@@ -45,7 +45,7 @@ bench:
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench $(ARGS)
 
-# How the rates hold to 50 million rows; writes target/growth.json and target/growth.svg. A quarter of an hour, 70 GB of disk.
+# How the rates hold to 50 million rows; writes target/growth.json and target/growth.svg. A quarter of an hour, 80 GB of disk.
 bench-growth: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench-growth $(ARGS)
