@@ -6,6 +6,9 @@ ARGS ?=
 .PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
 	drill-outages drill-failover fuzz down clean
 
+# In order, also with -j: the steps install, check and build for one another.
+.NOTPARALLEL:
+
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
 	$(CARGO) build --release --locked --bins

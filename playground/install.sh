@@ -21,13 +21,13 @@ wanted() {
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
-    # What checks the deployment: .ci/mosquitto.sh, regions.sh, compose.py (which needs python3-yaml, and gets it with
-    # docker-compose), licences.py.
+    # What checks the deployment: .ci/mosquitto.sh, regions.sh, compose.py, licences.py.
     if [ "$purpose" = test ]; then
         echo "/usr/bin/mosquitto_pub               mosquitto-clients"
         echo "/usr/bin/openssl                     openssl"
         echo "/usr/bin/curl                        curl"
         echo "/usr/bin/python3                     python3"
+        echo "/usr/lib/python3/dist-packages/yaml  python3-yaml"
         echo "/usr/bin/docker-compose              docker-compose"
     fi
     # The baseline that `make bench` is held against.
