@@ -3,7 +3,8 @@
 CARGO ?= cargo
 ARGS ?=
 
-.PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions drill fuzz down clean bench-failover drill-failover
+.PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
+	drill-outages drill-failover fuzz down clean
 
 # The whole system on this machine, live; Ctrl-C drains and verifies.
 up: install
@@ -43,7 +44,7 @@ bench:
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench $(ARGS)
 
-# How the rates hold to 50 million rows; writes target/growth.json and target/growth.svg. A quarter of an hour, 70 GB of disk.
+# How the rates hold to 50 million rows; writes target/growth.json and target/growth.svg. A quarter of an hour, 80 GB of disk.
 bench-growth: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench-growth $(ARGS)
@@ -58,13 +59,15 @@ bench-failover: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 bench-failover $(ARGS)
 
-# Each part taken away for a minute under load; about half an hour. One of them: make drill ARGS="--only postgres-away"
-# Then random faults on two regions for five minutes; their seed is printed: make drill-failover ARGS="--seed 42"
-drill: install
+# Both drills: half an hour and five minutes.
+drill: drill-outages drill-failover
+
+# Each part taken away for a minute under load. One of them: make drill-outages ARGS="--only postgres-away"
+drill-outages: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 drill outages --json target/outages.json $(ARGS)
-	target/release/tier0 drill failover
 
+# Random faults on two regions; their seed is printed. Again with it: make drill-failover ARGS="--seed 42"
 drill-failover: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 drill failover $(ARGS)

@@ -83,7 +83,7 @@ Examples:
     Bench(BenchArgs),
     /// Measure how the rates hold as the table grows, and draw them
     #[command(
-        after_help = "Starts its own servers on free ports. 50 million rows take about fifteen minutes and 70 GB of disk for both nodes.
+        after_help = "Starts its own servers on free ports. 50 million rows take about fifteen minutes and 80 GB of disk for both nodes.
 Example:
   tier0 bench-growth --rows 10000000 --step 1000000 --chart growth.svg"
     )]
