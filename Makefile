@@ -23,6 +23,7 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 	.ci/architecture.sh
+	.ci/prometheus.sh
 	.ci/licences.py
 
 # The programs that integration tests start.

@@ -11,9 +11,13 @@ purpose=${1:-run}
 wanted() {
     echo "/usr/lib/postgresql/*/bin/postgres   postgresql"
     echo "/usr/sbin/mosquitto                  mosquitto"
+    echo "/usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server"
     echo "/usr/bin/redis-server                redis-server"
     echo "/usr/bin/redis-sentinel              redis-sentinel"
-    echo "/usr/lib/rabbitmq/bin/rabbitmq-server rabbitmq-server"
+    echo "/usr/bin/prometheus                  prometheus"
+    for exporter in node postgres redis mqtt; do
+        echo "/usr/bin/prometheus-$exporter-exporter  prometheus-$exporter-exporter"
+    done
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
@@ -41,6 +45,7 @@ service_of() {
         postgresql) echo postgresql.service ;;
         redis-server) echo redis-server.service ;;
         redis-sentinel) echo redis-sentinel.service ;;
+        prometheus | prometheus-*-exporter) echo "$1.service" ;;
     esac
 }
 

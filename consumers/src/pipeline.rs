@@ -10,7 +10,7 @@ use ingest::queue::Sender;
 use ingest::settings::{DatabaseSettings, IngestSettings};
 use ingest::settlement::Settlements;
 use ingest::writer::Writer;
-use ingest::{backlog, queue};
+use ingest::{backlog, connections, queue};
 use prometheus::Registry;
 use service::health::Health;
 use service::process::Process;
@@ -57,6 +57,7 @@ impl Pipeline<'_> {
         let bytes = usize::try_from(ingest.queue_bytes.as_u64())?;
         let (sender, receiver) = queue::bounded::<B::Memory>(ingest.queue_messages, bytes);
         let settlements = Arc::new(Settlements::new(ingest.writers));
+        connections::export(registry, database.clone())?;
         backlog::export(registry, sender.level(), settlements.clone())?;
         let maintenance = Maintenance {
             database: database.clone(),

@@ -193,7 +193,10 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
 fn way_back(seen: &Seen, upstream: &Upstream, now: Duration, policy: &Policy) -> Option<Rejoin> {
     let status = seen.fresh(now, policy)?;
     let first = match &status.postmaster {
-        Postmaster::Starting | Postmaster::Stopping | Postmaster::Rebuilding { .. } => return None,
+        Postmaster::Stopping | Postmaster::Rebuilding { .. } => return None,
+        // It takes its time; but one whose order has failed would start for ever (the WAL that it needs is gone).
+        Postmaster::Starting if seen.failed.is_none() => return None,
+        Postmaster::Starting => Rejoin::Follow,
         Postmaster::Running => {
             let waited =
                 seen.absent_since.is_some_and(|since| now.saturating_sub(since) >= policy.rejoin_after);

@@ -12,6 +12,8 @@ use crate::state::State;
 const SWIFT: Duration = Duration::from_secs(5);
 /// Crash recovery of a primary, or a checkpoint under load.
 const LONG: Duration = Duration::from_secs(120);
+/// pg_rewind first lets the node recover by itself: up to `max_wal_size` of WAL.
+const REWIND: Duration = Duration::from_secs(600);
 /// A base backup of a large database.
 const CLONE: Duration = Duration::from_secs(4 * 3600);
 
@@ -43,7 +45,11 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
         Action::Confirm { node } => Some((primary(), Order::ConfirmSync { standby: node.clone() }, LONG)),
         Action::Rejoin { node, how } => {
             let upstream = rules.addresses.get(&state.primary)?.clone();
-            let limit = if *how == Rejoin::Clone { CLONE } else { LONG };
+            let limit = match how {
+                Rejoin::Clone => CLONE,
+                Rejoin::Rewind => REWIND,
+                Rejoin::Follow => LONG,
+            };
             Some((node.clone(), Order::Stand { upstream, how: *how, guard: rules.guards() }, limit))
         }
         Action::Nothing | Action::Resume | Action::FailOver { .. } => None,

@@ -64,6 +64,11 @@ pub trait Batch: Send + Sync + 'static {
     /// Times of what is in the batch, microseconds since 1970: for the end-to-end latency.
     fn timestamps(&self) -> impl Iterator<Item = i64> + '_;
 
+    /// Readings by site and device type, for kinds that have such.
+    fn census(&self) -> impl Iterator<Item = (&str, &str, u64)> {
+        std::iter::empty()
+    }
+
     /// Closes the batch: nothing may be pushed after this until it is cleared.
     fn seal(&mut self);
 

@@ -105,6 +105,12 @@ impl Database {
         }
     }
 
+    /// How the pool stands now.
+    #[must_use]
+    pub(crate) fn status(&self) -> deadpool_postgres::Status {
+        self.pool.status()
+    }
+
     #[must_use]
     pub fn commit_timeout(&self) -> Duration {
         self.settings.commit_timeout

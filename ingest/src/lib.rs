@@ -7,6 +7,8 @@
 
 pub mod backlog;
 pub mod batch;
+pub mod census;
+pub mod connections;
 pub mod copy;
 pub mod database;
 pub mod dead_letter;

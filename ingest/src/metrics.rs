@@ -6,6 +6,7 @@ use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
 };
 
+use crate::census::Readings;
 use crate::dead_letter::Reason;
 
 /// All series of one consumer.
@@ -13,6 +14,7 @@ use crate::dead_letter::Reason;
 pub struct Metrics {
     pub messages: IntCounter,
     pub rows_received: IntCounter,
+    pub readings: Readings,
     pub rows_committed: IntCounter,
     pub duplicates: IntCounter,
     pub dead_letters: IntCounterVec,
@@ -51,6 +53,7 @@ impl Metrics {
                 "ingest_rows_received_total",
                 "Readings found in messages, refused ones included",
             )?,
+            readings: Readings::new(registry)?,
             rows_committed: counter(registry, "ingest_rows_committed_total", "New rows committed")?,
             duplicates: counter(registry, "ingest_duplicates_total", "Readings that were stored already")?,
             dead_letters: register(

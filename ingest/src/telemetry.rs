@@ -13,6 +13,7 @@ use futures_util::SinkExt;
 use tokio::time::Instant;
 
 use crate::batch::{self, Committed, Deliveries, Path, in_time};
+use crate::census::Census;
 use crate::copy;
 use crate::dead_letter::{self, DeadLetter};
 use crate::delivery::Delivery;
@@ -36,6 +37,7 @@ pub struct Batch {
     suspects: Encoded,
     /// The row of `fresh` that made the fast path fail, and the database's words, when it named one.
     named: Option<(usize, String)>,
+    census: Census,
 }
 
 impl batch::Batch for Batch {
@@ -48,6 +50,7 @@ impl batch::Batch for Batch {
             fresh: Encoded::new(),
             suspects: Encoded::new(),
             named: None,
+            census: Census::default(),
         }
     }
 
@@ -56,6 +59,7 @@ impl batch::Batch for Batch {
         self.fresh.clear();
         self.suspects.clear();
         self.named = None;
+        self.census.clear();
     }
 
     fn set_rules(&mut self, rules: Rules) {
@@ -73,7 +77,9 @@ impl batch::Batch for Batch {
             suspects: &mut self.suspects,
             deliveries: &mut self.deliveries,
         };
+        let before = filling.fresh.len() + filling.suspects.len();
         reading::visit(&delivery.topic, &delivery.payload, &self.rules, &mut filling);
+        self.census.add(&delivery.topic, self.fresh.len() + self.suspects.len() - before);
         self.deliveries.push(delivery);
     }
 
@@ -95,6 +101,10 @@ impl batch::Batch for Batch {
 
     fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
         self.fresh.timestamps().chain(self.suspects.timestamps())
+    }
+
+    fn census(&self) -> impl Iterator<Item = (&str, &str, u64)> {
+        self.census.iter()
     }
 
     fn seal(&mut self) {

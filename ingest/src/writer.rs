@@ -207,6 +207,7 @@ impl<B: Batch> Writer<B> {
         let metrics = &self.metrics;
         metrics.rows_committed.inc_by(committed.rows as u64);
         metrics.duplicates.inc_by(committed.duplicates as u64);
+        metrics.readings.add(batch.census());
         let mut refused = 0_u64;
         for reason in batch.deliveries().reasons() {
             metrics.dead_letters.with_label_values(&[reason.as_str()]).inc();

@@ -172,6 +172,8 @@ pub enum Part {
     UserSimulator,
     RabbitmqConsumer,
     Rabbitmq,
+    /// Prometheus and its exporters
+    Monitoring,
     /// The standby of region2: commits then wait for one machine only
     Region2,
 }

@@ -19,6 +19,7 @@ pub mod home;
 pub mod http;
 pub mod link;
 pub mod metrics;
+pub mod monitoring;
 pub mod mosquitto;
 pub mod port;
 pub mod postgres;

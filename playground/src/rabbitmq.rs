@@ -22,6 +22,8 @@ use crate::shipped;
 /// An Erlang machine starts in 5 to 15 s on a busy machine.
 const READY: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(60);
+/// The plugin's default.
+const METRICS_PORT: u16 = 15_692;
 /// The broker writes such names 3 s late at most.
 const REGISTERED: Duration = Duration::from_secs(20);
 /// Debian's wrapper in /usr/sbin changes the user and writes to /var/log; this is what it wraps.
@@ -32,17 +34,20 @@ const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 pub struct Ports {
     pub amqp: Port,
     pub management: Port,
+    /// Of the plugin rabbitmq_prometheus; used with the management plugin only.
+    pub metrics: Port,
     epmd: Port,
     distribution: Port,
 }
 
 impl Ports {
-    /// Given ports for clients; those that only Erlang uses are any free ones.
+    /// Given ports for clients, that of the metrics as near as can be to the usual one; those that only Erlang uses are any free ones.
     ///
     /// # Errors
     /// When no port is free.
     pub fn new(amqp: Port, management: Port) -> anyhow::Result<Self> {
-        Ok(Self { amqp, management, epmd: Port::free()?, distribution: Port::free()? })
+        let metrics = Port::near(METRICS_PORT)?;
+        Ok(Self { amqp, management, metrics, epmd: Port::free()?, distribution: Port::free()? })
     }
 }
 
@@ -85,8 +90,10 @@ impl RabbitMq {
         ));
         if management {
             text.push_str(&format!(
-                "management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {}\n",
-                ports.management.number()
+                "management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {}\n\
+                 prometheus.tcp.ip = 127.0.0.1\nprometheus.tcp.port = {}\n",
+                ports.management.number(),
+                ports.metrics.number()
             ));
         }
         for line in extra {
@@ -94,7 +101,7 @@ impl RabbitMq {
             text.push('\n');
         }
         private_file(&dir.join("rabbitmq.conf"), &text, account.as_ref())?;
-        let plugins = if management { "[rabbitmq_management].\n" } else { "[].\n" };
+        let plugins = if management { "[rabbitmq_management,rabbitmq_prometheus].\n" } else { "[].\n" };
         private_file(&dir.join("enabled_plugins"), plugins, account.as_ref())?;
         // Without a file of our own the system's would be read.
         private_file(&dir.join("rabbitmq-env.conf"), "", account.as_ref())?;
@@ -249,6 +256,12 @@ impl RabbitMq {
     #[must_use]
     pub fn management_port(&self) -> u16 {
         self.ports.management.number()
+    }
+
+    /// Where Prometheus finds it, when it was opened with its management plugin.
+    #[must_use]
+    pub fn metrics_port(&self) -> u16 {
+        self.ports.metrics.number()
     }
 
     /// `None` when it is not running.

@@ -12,6 +12,7 @@ mod screen;
 mod sessions;
 mod stack;
 mod summary;
+mod watching;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -158,6 +159,7 @@ async fn session(
     let started = Instant::now();
     stack.start_simulator(home, args).await?;
     stack.start_sessions(home, args)?;
+    stack.start_watching(home, args)?;
     home.write_state(&state(stack))?;
     let mut sampler = Sampler::new(started, began, before);
     let end = live(home, args, stack, interrupts, &mut sampler).await?;
@@ -218,7 +220,7 @@ async fn live(
                 look_for_first_row(stack, sampler).await;
             }
             _ = ticks.tick() => {
-                if let Some(lines) = stack.sessions.as_mut().and_then(sessions::Sessions::progress) {
+                if let Some(lines) = stack.progress()? {
                     home.write_state(&state(stack))?;
                     if screen.is_none() {
                         lines.into_iter().for_each(say);

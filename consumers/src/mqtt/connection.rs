@@ -331,8 +331,8 @@ impl Connection {
             loop {
                 // What still comes is nobody's any more.
                 self.incoming.clear();
-                match self.readable().await {
-                    Ok(()) => {}
+                match self.exchange(true).await {
+                    Ok(_) => {}
                     Err(ConnectionError::Closed) => return Ok(()),
                     Err(error) => return Err(error),
                 }

@@ -7,6 +7,7 @@
 mod primary;
 
 use std::collections::BTreeSet;
+use std::io::{Read, Seek, SeekFrom};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -26,6 +27,8 @@ const QUERY: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(2);
 /// A standby that can stream does so within this time after its start.
 const STREAM: Duration = Duration::from_secs(15);
+/// A standby that still asks for WAL its upstream has removed, after so long, will not get it.
+const WAL_GONE: Duration = Duration::from_secs(3);
 /// Before a rebuild; a standby's shutdown writes a restartpoint.
 const STOP: Duration = Duration::from_secs(60);
 /// After this an immediate stop becomes a kill.
@@ -174,11 +177,20 @@ impl Orders {
             let receiver = status.sample.as_ref().and_then(|sample| sample.receiver.as_ref());
             receiver.is_some_and(|r| r.streaming && r.host == upstream.host && r.port == upstream.port)
         };
-        let patience = deadline.min(Instant::now() + STREAM);
+        let began = Instant::now();
+        let patience = deadline.min(began + STREAM);
         loop {
             let status = self.status();
             if streams(&status) {
                 break;
+            }
+            // It would ask for it for ever. By now what the log's end says is of this start.
+            let log = if began.elapsed() > WAL_GONE { self.log() } else { String::new() };
+            if ["has already been removed", "has been invalidated"].iter().any(|said| log.contains(said)) {
+                return Err(Refusal::new(
+                    "wal_gone",
+                    format!("the upstream no longer has WAL that it needs{log}"),
+                ));
             }
             if status.is_stopped() {
                 return Err(Refusal::new(
@@ -291,10 +303,17 @@ impl Orders {
             .map_err(|status| Refusal::new("timeout", format!("still {:?}", status.postmaster)))
     }
 
+    /// The last lines of Postgres' log, which may be large.
     fn log(&self) -> String {
-        let text = std::fs::read(&self.node.settings().postgres_log).unwrap_or_default();
-        let text = String::from_utf8_lossy(text.get(text.len().saturating_sub(4096)..).unwrap_or_default())
-            .into_owned();
+        let read = || {
+            let mut file = std::fs::File::open(&self.node.settings().postgres_log)?;
+            let end = file.seek(SeekFrom::End(0))?;
+            file.seek(SeekFrom::Start(end.saturating_sub(4096)))?;
+            let mut bytes = Vec::new();
+            file.take(4096).read_to_end(&mut bytes)?;
+            std::io::Result::Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let text = read().unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
         let last = lines.get(lines.len().saturating_sub(6)..).unwrap_or_default();
         format!("; end of its log: {}", last.join(" | "))

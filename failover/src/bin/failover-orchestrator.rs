@@ -52,9 +52,13 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
     let own = settings.orchestrator;
     // The lock first: whoever does not get it must not even look as if it were serving.
     let store = Store::open(&own.dir)?;
-    let history = Arc::new(Mutex::new(History::open(&own.dir)?));
+    let history = History::open(&own.dir)?;
     let registry = http::registry()?;
     let metrics = Metrics::new(&registry)?;
+    if let Some(last) = history.entries().last() {
+        metrics.last(last);
+    }
+    let history = Arc::new(Mutex::new(history));
     let health = Health::default();
     let mut process = Process::default();
     let listener = http::bind(&settings.http).await?;

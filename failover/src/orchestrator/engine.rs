@@ -186,13 +186,20 @@ impl Engine {
         tracing::info!(?action, node, epoch = state.epoch, "upkeep");
         self.remote.watched.note(&node, |seen| seen.busy = true);
         let (remote, epoch, primary) = (self.remote.clone(), state.epoch, state.primary.clone());
-        orders.spawn(async move {
-            let rewinds = matches!(action, Action::Rejoin { how: Rejoin::Rewind, .. });
+        let first = match &action {
             // pg_rewind goes by the source's last checkpoint, which right after a promotion is of the old timeline.
-            let ready = if rewinds {
-                remote.order(&primary, epoch, Order::Checkpoint, CHECKPOINT).await.map(drop)
-            } else {
-                Ok(())
+            Action::Rejoin { how: Rejoin::Rewind, .. } => Some(Order::Checkpoint),
+            // A clone streams through the node's slot: leading already, the primary only makes what is missing.
+            Action::Rejoin { how: Rejoin::Clone, .. } => Some(Order::Lead {
+                wait_for: state.wait_for.clone(),
+                slots: upkeep::slots(&self.rules, &primary),
+            }),
+            _ => None,
+        };
+        orders.spawn(async move {
+            let ready = match first {
+                Some(order) => remote.order(&primary, epoch, order, CHECKPOINT).await.map(drop),
+                None => Ok(()),
             };
             let result = match ready {
                 Ok(()) => remote.order(&node, epoch, order, limit).await,
@@ -234,10 +241,11 @@ impl Engine {
                     || matches!(&error, OrderError::Refused { code, .. } if code == "superseded" || code == "old_epoch");
                 self.remote.watched.note(&node, |seen| {
                     seen.busy = false;
-                    if let (Action::Rejoin { how, .. }, OrderError::Refused { .. }, false) =
+                    if let (Action::Rejoin { how, .. }, OrderError::Refused { code, .. }, false) =
                         (&action, &error, overtaken)
                     {
-                        seen.failed = Some(*how);
+                        // Nothing but a clone brings WAL back.
+                        seen.failed = Some(if code == "wal_gone" { Rejoin::Rewind.max(*how) } else { *how });
                     }
                     if !overtaken {
                         seen.not_before = now + PAUSE;

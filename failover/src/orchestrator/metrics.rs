@@ -8,10 +8,15 @@ use prometheus::{
 };
 
 use crate::history::Entry;
+use crate::operation::Kind;
 use crate::orchestrator::report::NodeReport;
 use crate::state::{Mode, State};
 
 const ROLES: [&str; 7] = ["primary", "standby", "stopped", "starting", "stopping", "rebuilding", "unknown"];
+
+fn name(kind: Kind) -> String {
+    format!("{kind:?}").to_lowercase()
+}
 
 /// The orchestrator's own series.
 #[derive(Debug, Clone)]
@@ -20,6 +25,9 @@ pub struct Metrics {
     pub failovers: IntCounterVec,
     pub write_gap: prometheus::Histogram,
     pub last_total: Gauge,
+    pub last_steps: GaugeVec,
+    pub last_gap: Gauge,
+    pub last_ended: Gauge,
     pub lag_bytes: GaugeVec,
     pub role: IntGaugeVec,
     pub agent_silence: GaugeVec,
@@ -60,6 +68,18 @@ impl Metrics {
                 .buckets(buckets.clone()),
             )?,
             last_total: Gauge::new("failover_last_total_seconds", "Total duration of the last failover")?,
+            last_steps: GaugeVec::new(
+                Opts::new("failover_last_step_seconds", "Duration of each step of the last failover"),
+                &["step"],
+            )?,
+            last_gap: Gauge::new(
+                "failover_last_write_gap_seconds",
+                "Gap in writes of the last failover; 0 when it is not known",
+            )?,
+            last_ended: Gauge::new(
+                "failover_last_timestamp_seconds",
+                "When the last failover ended, seconds since 1970; 0: never",
+            )?,
             lag_bytes: GaugeVec::new(
                 Opts::new("failover_replication_lag_bytes", "WAL the standby has not flushed"),
                 &["node"],
@@ -98,6 +118,9 @@ impl Metrics {
         registry.register(Box::new(metrics.failovers.clone()))?;
         registry.register(Box::new(metrics.write_gap.clone()))?;
         registry.register(Box::new(metrics.last_total.clone()))?;
+        registry.register(Box::new(metrics.last_steps.clone()))?;
+        registry.register(Box::new(metrics.last_gap.clone()))?;
+        registry.register(Box::new(metrics.last_ended.clone()))?;
         registry.register(Box::new(metrics.lag_bytes.clone()))?;
         registry.register(Box::new(metrics.role.clone()))?;
         registry.register(Box::new(metrics.agent_silence.clone()))?;
@@ -110,19 +133,37 @@ impl Metrics {
         registry.register(Box::new(metrics.actions.clone()))?;
         registry.register(Box::new(metrics.redis_up.clone()))?;
         registry.register(Box::new(metrics.unauthorized.clone()))?;
+        // A counter that begins at 1 has not risen, as Prometheus sees it.
+        for kind in [Kind::Planned, Kind::Unplanned, Kind::Forced] {
+            for outcome in ["done", "failed"] {
+                metrics.failovers.with_label_values(&[name(kind).as_str(), outcome]);
+            }
+        }
         Ok(metrics)
+    }
+
+    /// What the history says of the last failover, at the start and after each.
+    pub fn last(&self, entry: &Entry) {
+        self.last_steps.reset();
+        for step in &entry.operation.steps {
+            self.last_steps.with_label_values(&[step.action.as_str()]).set(step.duration_ms / 1000.0);
+        }
+        self.last_total.set(entry.total_duration_ms / 1000.0);
+        self.last_gap.set(entry.operation.write_gap_ms.unwrap_or(0.0) / 1000.0);
+        #[allow(clippy::cast_precision_loss, reason = "milliseconds since 1970 are far below 2^53")]
+        self.last_ended.set(entry.ended_at.as_millisecond() as f64 / 1000.0);
     }
 
     /// Counts a finished operation.
     pub fn finished(&self, entry: &Entry) {
-        let kind = format!("{:?}", entry.operation.kind).to_lowercase();
+        let kind = name(entry.operation.kind);
         let outcome = if entry.success { "done" } else { "failed" };
         self.failovers.with_label_values(&[kind.as_str(), outcome]).inc();
         for step in &entry.operation.steps {
             self.duration.with_label_values(&[step.action.as_str()]).observe(step.duration_ms / 1000.0);
         }
         self.duration.with_label_values(&["total"]).observe(entry.total_duration_ms / 1000.0);
-        self.last_total.set(entry.total_duration_ms / 1000.0);
+        self.last(entry);
         if let Some(gap) = entry.operation.write_gap_ms {
             self.write_gap.observe(gap / 1000.0);
         }
@@ -147,5 +188,53 @@ impl Metrics {
                 node.agent_last_seen_ms.map_or(f64::INFINITY, |ms| Duration::from_millis(ms).as_secs_f64());
             self.agent_silence.with_label_values(&[name]).set(silence);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::history::History;
+    use crate::operation::{Operation, Request};
+
+    #[test]
+    fn the_last_failover_is_shown_from_the_history_and_counters_begin_at_zero() {
+        let state = State::first("region1".into(), "s".into(), Default::default());
+        let request = Request {
+            id: "a".into(),
+            kind: Kind::Planned,
+            target: "region2".into(),
+            actor: "test".into(),
+            reason: "because".into(),
+            started_at: Timestamp::UNIX_EPOCH,
+            wait_for: Default::default(),
+            standbys: Default::default(),
+            addresses: Default::default(),
+            timeline: 1,
+            marker: 0,
+            bytes_at_risk: 0,
+            guard: false,
+        };
+        let mut operation = Operation::new(request, &state);
+        operation.write_gap_ms = Some(250.0);
+        operation.steps.push(crate::operation::StepRecord {
+            number: 1,
+            action: "promote".into(),
+            duration_ms: 120.0,
+            status: "done".into(),
+            detail: String::new(),
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let mut history = History::open(dir.path()).unwrap();
+        history.append(operation, None, Timestamp::from_second(1_000).unwrap()).unwrap();
+        let metrics = Metrics::new(&Registry::new()).unwrap();
+        assert_eq!(metrics.failovers.with_label_values(&["forced", "failed"]).get(), 0);
+        metrics.last(history.entries().last().unwrap());
+        assert!((metrics.last_ended.get() - 1_000.0).abs() < 1e-9);
+        assert!((metrics.last_gap.get() - 0.25).abs() < 1e-9);
+        assert!((metrics.last_steps.with_label_values(&["promote"]).get() - 0.12).abs() < 1e-9);
+        assert_eq!(metrics.failovers.with_label_values(&["planned", "done"]).get(), 0, "not of this process");
     }
 }

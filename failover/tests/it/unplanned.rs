@@ -124,3 +124,32 @@ async fn a_primary_that_a_standby_hears_is_not_replaced() {
     assert!(fixture.history().await.failovers.is_empty());
     load.finish().await;
 }
+
+/// The WAL that a node needs may be gone on the primary. It would ask for it for ever: it is cloned, through a new slot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_wal_is_gone_is_cloned() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    // Without the reserve that is shipped.
+    for region in ["region1", "region2"] {
+        let db = fixture.admin(region).await;
+        db.batch_execute("ALTER SYSTEM SET wal_keep_size = 0").await.unwrap();
+        db.batch_execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'").await.unwrap();
+        db.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    }
+    fixture.kill_node("region2").await;
+    fixture.until("degraded", |status| status.wait_for.is_empty()).await;
+    let db = fixture.admin("region1").await;
+    for _ in 0..3 {
+        db.batch_execute("SELECT pg_switch_wal()").await.unwrap();
+        load.commits_after(Instant::now(), 10).await;
+        db.batch_execute("CHECKPOINT").await.unwrap();
+    }
+    let sql = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'region2'";
+    assert_eq!(db.query_one(sql, &[]).await.unwrap().get::<_, String>(0), "lost", "the test is one");
+    drop(db);
+    fixture.revive_node("region2").await;
+    let status = fixture.whole().await;
+    assert_eq!(status.current_region, "region1");
+    load.finish().await;
+}

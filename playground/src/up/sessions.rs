@@ -119,6 +119,16 @@ impl Sessions {
             .collect()
     }
 
+    /// Our programs of it that are up.
+    pub(super) fn programs(&self) -> impl Iterator<Item = &Program> {
+        [&self.running.consumer, &self.running.simulator].into_iter().flatten()
+    }
+
+    /// Where RabbitMQ tells Prometheus of itself.
+    pub(super) fn metrics_port(&self) -> Option<u16> {
+        self.running.broker.as_ref().map(RabbitMq::metrics_port)
+    }
+
     /// Messages per second since the call before; `None` while there is no consumer.
     pub(super) async fn rate(&mut self) -> Option<f64> {
         let metrics = self.consumer_metrics().await?;

@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use super::sessions::Sessions;
+use super::watching::Watching;
 use crate::cli::{Part, UpArgs, say};
 use crate::cluster::{Cluster, Options};
 use crate::home::{Home, Process};
@@ -28,6 +29,7 @@ pub(super) const CONSUMER_GRACE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Stack {
     // Clients before servers: dropping goes in this order.
+    pub(super) watching: Option<Watching>,
     pub(super) sessions: Option<Sessions>,
     pub(super) simulator: Option<Program>,
     pub(super) consumer: Option<Program>,
@@ -57,6 +59,7 @@ impl Stack {
         let ((cluster, regions, kept), broker) =
             tokio::try_join!(databases(dir, with(Part::Region2)), broker)?;
         let mut stack = Self {
+            watching: None,
             sessions: None,
             simulator: None,
             consumer: None,
@@ -113,6 +116,34 @@ impl Stack {
         Ok(())
     }
 
+    /// Prometheus comes up beside the rest; nothing waits for it.
+    pub(super) fn start_watching(&mut self, home: &Home, args: &UpArgs) -> anyhow::Result<()> {
+        if !args.without.contains(&Part::Monitoring) {
+            let mosquitto = self.broker.as_ref().map(Mosquitto::port);
+            let redis = self.regions.as_ref().and_then(|regions| regions.redis.as_ref());
+            self.watching = Some(Watching::start(home.data(), &self.cluster, mosquitto, redis)?);
+        }
+        Ok(())
+    }
+
+    /// Takes over what has come up since and returns what there is to say of it. `None` when nothing has.
+    pub(super) fn progress(&mut self) -> anyhow::Result<Option<Vec<String>>> {
+        let sessions = self.sessions.as_mut().and_then(Sessions::progress);
+        let watching = self.watching.as_mut().and_then(Watching::progress);
+        if sessions.is_none() && watching.is_none() {
+            return Ok(None);
+        }
+        if let Some(watching) = &mut self.watching {
+            let telemetry = [&self.consumer, &self.simulator].into_iter().flatten();
+            let activity = self.sessions.iter().flat_map(Sessions::programs);
+            let rabbitmq = self.sessions.as_ref().and_then(Sessions::metrics_port);
+            let managers = self.regions.iter();
+            let managers = managers.flat_map(|regions| regions.agents.iter().chain([&regions.orchestrator]));
+            watching.watch(telemetry.chain(activity).chain(managers), rabbitmq)?;
+        }
+        Ok(Some(sessions.into_iter().chain(watching).flatten().collect()))
+    }
+
     /// The simulator has sent what it was told to send (`-- --count N`) and ended well.
     pub(super) fn finished(&mut self) -> bool {
         self.simulator.as_mut().and_then(Program::ended).is_some_and(|status| status.success())
@@ -127,6 +158,9 @@ impl Stack {
             }
         }
         if let Some(what) = self.sessions.as_mut().and_then(Sessions::died) {
+            return Some(what);
+        }
+        if let Some(what) = self.watching.as_mut().and_then(Watching::died) {
             return Some(what);
         }
         // With agents a node that ends is their affair, and the orchestrator's.
@@ -200,15 +234,19 @@ impl Stack {
             .chain(programs)
             .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
             .chain(self.sessions.iter().flat_map(Sessions::processes))
+            .chain(self.watching.iter().flat_map(Watching::processes))
             .collect()
     }
 
     /// Stops the servers; our programs are stopped by then.
     pub(super) async fn stop(mut self) -> anyhow::Result<()> {
-        let mut outcome = match self.sessions.take() {
-            Some(sessions) => sessions.stop().await,
+        let mut outcome = match self.watching.take() {
+            Some(watching) => watching.stop().await,
             None => Ok(()),
         };
+        if let Some(sessions) = self.sessions.take() {
+            outcome = outcome.and(sessions.stop().await);
+        }
         if let Some(simulator) = &mut self.simulator {
             outcome = outcome.and(simulator.terminate(SIMULATOR_GRACE).await);
         }

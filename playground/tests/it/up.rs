@@ -14,7 +14,7 @@ use wire::ledger::Ledger;
 
 /// 2,000 messages a second: enough to see batches, few enough for a machine that runs other tests. User activity is
 /// there where a test is about it: an Erlang machine takes long to start.
-const FLEET: [&str; 10] = [
+const FLEET: [&str; 12] = [
     "--devices",
     "2000",
     "--interval",
@@ -25,8 +25,10 @@ const FLEET: [&str; 10] = [
     "rabbitmq-consumer",
     "--without",
     "user-simulator",
+    "--without",
+    "monitoring",
 ];
-const WITH_SESSIONS: [&str; 4] = ["--devices", "2000", "--interval", "1s"];
+const WITH_SESSIONS: [&str; 6] = ["--devices", "2000", "--interval", "1s", "--without", "monitoring"];
 
 struct Tier0 {
     scratch: Scratch,
@@ -69,7 +71,9 @@ impl Tier0 {
 
     fn processes(&self) -> Vec<Process> {
         let processes = Home::open(&self.dir()).unwrap().state().unwrap().processes;
-        assert_eq!(processes.len(), 5, "{processes:?}");
+        for name in ["region1", "region2", "orchestrator", "mosquitto", "mqtt-consumer", "device-simulator"] {
+            assert!(processes.iter().any(|process| process.name.ends_with(name)), "no {name}: {processes:?}");
+        }
         processes
     }
 
@@ -294,6 +298,37 @@ fn user_activity_is_exact_and_verified_afterwards() {
     let (output, text) = tier0.run(&["verify"]);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("session"), "{text}");
+}
+
+#[test]
+fn prometheus_watches_what_runs() {
+    let tier0 = Tier0::new();
+    let watched = &FLEET[..FLEET.len() - 2];
+    let mut running = tier0.up_with(watched);
+    running.until("/alerts");
+    let processes = Home::open(&tier0.dir()).unwrap().state().unwrap().processes;
+    let prometheus = processes.iter().find(|process| process.name == "prometheus").unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let path = "/api/v1/query?query=count%20by%20(job)%20(up%20%3D%3D%201)";
+        let (status, body) = runtime.block_on(playground::http::get(prometheus.port, path)).unwrap();
+        assert_eq!(status, 200, "{body}");
+        let missing: Vec<&str> =
+            ["mqtt-consumer", "device-simulator", "postgres", "mosquitto", "node", "prometheus"]
+                .into_iter()
+                .filter(|job| !body.contains(&format!("\"job\":\"{job}\"")))
+                .collect();
+        if missing.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "not up: {missing:?}: {body}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    kill(running.pid(), Signal::SIGINT).unwrap();
+    let (status, text) = running.end();
+    assert_eq!(status, Some(0), "{text}");
+    wait_gone(&processes);
 }
 
 #[test]

@@ -174,6 +174,13 @@ impl Orders {
 
 async fn make_slots(session: &Session, slots: &BTreeSet<Node>) -> anyhow::Result<()> {
     let slots: Vec<&str> = slots.iter().map(String::as_str).collect();
+    // One that held too much was given up by Postgres: it is of no use to anybody, and stands in the way.
+    let lost = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots \
+                WHERE slot_name = ANY ($1) AND slot_type = 'physical' AND NOT active AND wal_status = 'lost'";
+    timeout(QUERY, session.client.query(lost, &[&slots]))
+        .await
+        .map_err(|_| anyhow!("lost slots were not dropped in time"))?
+        .context("drop lost slots")?;
     let sql = "SELECT pg_create_physical_replication_slot(name, true) FROM unnest($1::text[]) AS name \
                WHERE name NOT IN (SELECT slot_name FROM pg_replication_slots)";
     timeout(QUERY, session.client.query(sql, &[&slots]))

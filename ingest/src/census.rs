@@ -1,0 +1,101 @@
+//! How many readings came from which site and device type: a sender that falls silent is seen here, and only here.
+//!
+//! Counted by topic, once a message, while a batch is filled; exported when it is committed. Never a label per device, and
+//! never more than [`MAX_PAIRS`] labels whatever topics strangers make up.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus::{IntCounterVec, Opts, Registry};
+use wire::topic::Topic;
+
+/// Sites times types that get a label of their own; each is a series in Prometheus for as long as this process lives.
+const MAX_PAIRS: usize = 1000;
+/// What those beyond are counted as.
+const OTHER: &str = "other";
+
+/// Readings of one batch by site and type.
+#[derive(Debug, Default)]
+pub struct Census {
+    counts: HashMap<(String, String), u64>,
+}
+
+impl Census {
+    /// Adds the readings of one message.
+    pub fn add(&mut self, topic: &[u8], readings: usize) {
+        if readings == 0 {
+            return;
+        }
+        let Ok(topic) = Topic::parse(topic) else { return };
+        let key = (topic.site_id.to_owned(), topic.device_type.to_owned());
+        *self.counts.entry(key).or_default() += readings as u64;
+    }
+
+    pub fn clear(&mut self) {
+        self.counts.clear();
+    }
+
+    /// Site, type, readings.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str, u64)> {
+        self.counts.iter().map(|((site, kind), count)| (site.as_str(), kind.as_str(), *count))
+    }
+}
+
+/// `ingest_readings_total{site_id, device_type}`.
+#[derive(Debug, Clone)]
+pub struct Readings {
+    counter: IntCounterVec,
+    known: Arc<Mutex<HashSet<(String, String)>>>,
+}
+
+impl Readings {
+    /// # Errors
+    /// When the name is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let opts =
+            Opts::new("ingest_readings_total", "Valid readings in committed batches, by site and type");
+        let counter = IntCounterVec::new(opts, &["site_id", "device_type"])?;
+        registry.register(Box::new(counter.clone()))?;
+        Ok(Self { counter, known: Arc::default() })
+    }
+
+    /// Adds those of a committed batch.
+    pub fn add<'c>(&self, census: impl Iterator<Item = (&'c str, &'c str, u64)>) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        for (site, kind, count) in census {
+            let pair = (site.to_owned(), kind.to_owned());
+            let labels = if known.contains(&pair) || known.len() < MAX_PAIRS {
+                known.insert(pair);
+                [site, kind]
+            } else {
+                [OTHER, OTHER]
+            };
+            self.counter.with_label_values(&labels).inc_by(count);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sites_and_types_are_counted_and_strangers_share_one_label() {
+        let registry = Registry::new();
+        let readings = Readings::new(&registry).unwrap();
+        let mut census = Census::default();
+        census.add(b"og/field/WY-ALPHA/turbine/T-1", 2);
+        census.add(b"og/field/WY-ALPHA/turbine/T-2", 1);
+        census.add(b"og/field/WY-ALPHA/turbine/T-3", 0);
+        census.add(b"somewhere/else", 5);
+        readings.add(census.iter());
+        for number in 0..2 * MAX_PAIRS {
+            readings.add([("made-up", number.to_string().as_str(), 1)].into_iter());
+        }
+        readings.add(census.iter());
+        assert_eq!(readings.counter.with_label_values(&["WY-ALPHA", "turbine"]).get(), 6);
+        assert_eq!(readings.counter.with_label_values(&[OTHER, OTHER]).get(), MAX_PAIRS as u64 + 1);
+        let series = registry.gather().iter().map(|family| family.get_metric().len()).sum::<usize>();
+        assert_eq!(series, MAX_PAIRS + 1);
+    }
+}
