@@ -62,7 +62,7 @@ mod tests {
         let values: Vec<f64> = registry
             .gather()
             .iter()
-            .flat_map(|family| family.get_metric().iter().map(|metric| metric.get_gauge().value()))
+            .flat_map(|family| family.get_metric().iter().map(|metric| metric.get_gauge().get_value()))
             .collect();
         assert_eq!(values, [0.0, 0.0, 0.0, 3.0]);
     }
