@@ -1,7 +1,6 @@
 //! Asking Prometheus and Postgres as Grafana does.
 
 use std::collections::BTreeSet;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use playground::http;
@@ -38,7 +37,7 @@ impl Prometheus {
 
     /// Whether there is a number to show.
     pub(super) async fn shows(&self, query: &str, instant: bool) -> anyhow::Result<bool> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+        let now = jiff::Timestamp::now().as_second();
         let data = if instant {
             self.get("query", &[("query", query)]).await?
         } else {
