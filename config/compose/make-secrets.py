@@ -90,6 +90,9 @@ def rabbitmq_definitions(words):
                       f"^{queue}$"))
     return {
         "vhosts": [{"name": "/"}],
+        # RabbitMQ 4 dead-letters what was delivered 20 times; an outage of the database must not turn good events into that.
+        "policies": [{"vhost": "/", "name": "tier0-no-delivery-limit", "apply-to": "queues", "priority": 0,
+                      "pattern": "^(user_activity_queue|webapp_active_users)$", "definition": {"delivery-limit": -1}}],
         "users": [{"name": name, "password_hash": rabbitmq_hash(password), "tags": tags,
                    "hashing_algorithm": "rabbit_password_hashing_sha256"} for name, tags, password, *_ in users],
         "permissions": [{"user": name, "vhost": "/", "configure": configure, "write": write_, "read": read}

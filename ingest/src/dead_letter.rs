@@ -73,13 +73,15 @@ pub async fn insert(client: &Client, letters: &[DeadLetter]) -> Result<(), Write
         AS letter (us, source, topic, reason, error, payload)";
     // A letter may be as large as a whole message; a statement holds a bounded number of bytes.
     const MAX_BYTES: usize = 32 << 20;
+    // What a letter takes besides its texts, in memory and in the statement.
+    const ROW_BYTES: usize = 128;
     let mut rest = letters;
     while !rest.is_empty() {
         let mut bytes = 0;
         let count = rest
             .iter()
             .take_while(|letter| {
-                bytes += letter.payload.len() + letter.topic.len();
+                bytes += letter.payload.len() + letter.topic.len() + letter.error.len() + ROW_BYTES;
                 bytes <= MAX_BYTES
             })
             .count()

@@ -140,7 +140,7 @@ impl<B: Batch> Writer<B> {
                 Err(error) => error,
             };
             match error {
-                WriteError::Duplicate => {
+                WriteError::Duplicate if path != Path::Merge => {
                     self.metrics.merges.inc();
                     path = Path::Merge;
                     continue;
@@ -156,7 +156,8 @@ impl<B: Batch> Writer<B> {
                     Ok(_) => tracing::error!("no partition takes a reading although all are there"),
                     Err(error) => tracing::warn!(%error, "cannot make a partition now"),
                 },
-                WriteError::Unknown(_) | WriteError::Data { .. } => {
+                // A duplicate on the merge path is none of the readings: they are merged.
+                WriteError::Unknown(_) | WriteError::Data { .. } | WriteError::Duplicate => {
                     self.metrics.unknown_errors.inc();
                     tracing::error!(%error, rows = batch.parts(), "an error nobody has classified; trying again");
                 }

@@ -20,6 +20,9 @@ use tokio::time::{Instant, timeout};
 /// Handed to the writers at once: enough to share the cost, few enough to begin soon.
 const MAX_CHUNK: usize = 256;
 
+/// Or so many bytes, if that is less: what is decoded at once is bounded by it.
+const MAX_CHUNK_BYTES: usize = 1 << 20;
+
 /// How the broker's administrator sees us.
 const NAME: &str = "tier0 rabbitmq-consumer";
 
@@ -82,9 +85,13 @@ impl Connection {
         let mut next = self.consumer.next().await;
         let received = Instant::now();
         let mut chunk = Vec::new();
+        let mut bytes = 0;
         loop {
             match next {
-                Some(Ok(delivery)) => chunk.push(self.delivery(delivery, received)),
+                Some(Ok(delivery)) => {
+                    bytes += delivery.data.len();
+                    chunk.push(self.delivery(delivery, received));
+                }
                 end => {
                     let error = match end {
                         Some(Err(error)) => error.into(),
@@ -97,7 +104,7 @@ impl Connection {
                     return Ok(chunk);
                 }
             }
-            if chunk.len() >= MAX_CHUNK {
+            if chunk.len() >= MAX_CHUNK || bytes >= MAX_CHUNK_BYTES {
                 return Ok(chunk);
             }
             match self.consumer.next().now_or_never() {

@@ -8,6 +8,7 @@
 //! Messages go back to the queue (nack, requeue) only when that helps somebody: when the database stays away for
 //! `requeue_after`, and those not yet handed to the writers when the process ends.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -109,6 +110,15 @@ impl Source {
             let wait = backoff.next(rand::random());
             tracing::warn!(%error, again_in = ?wait, "no connection to the broker");
             self.void_until(timeout(wait, shutdown.cancelled()).map(drop)).await;
+            // What was taken from the old connection comes again on the new one. Taking it again and again while the
+            // database is away would fill the queue with copies, and count against a broker's delivery limit.
+            let until = async {
+                tokio::select! {
+                    () = emptied(&level) => {}
+                    () = shutdown.cancelled() => {}
+                }
+            };
+            self.void_until(until).await;
         }
         // No connection to acknowledge on: what is in the queue is still committed, and delivered again later.
         drop(queue.take());
@@ -200,21 +210,24 @@ impl Source {
         self.source_metrics.stale_acknowledgements.inc_by(settled.len() as u64 - sent);
         let refused: Vec<(u64, &Refused)> =
             ours.clone().filter_map(|settled| Some((settled.ack.id, settled.rejected.as_deref()?))).collect();
+        let mut rejected = HashSet::new();
         if !refused.is_empty() {
             let letters: Vec<&Refused> = refused.iter().map(|(_, letter)| *letter).collect();
             let confirmed = poison.publish(&letters).await;
             for ((tag, _), published) in refused.into_iter().zip(confirmed) {
                 if !published {
                     connection.reject(tag).await?;
+                    rejected.insert(tag);
                 }
                 let way = if published { "published" } else { "rejected" };
                 self.source_metrics.dead_lettered.with_label_values(&[way]).inc();
             }
         }
-        if let Some(last) = ours.map(|settled| settled.ack.id).max() {
+        // A tag that was rejected is unknown to the broker from then on: acknowledging it would close the channel.
+        if let Some(last) = ours.map(|settled| settled.ack.id).filter(|tag| !rejected.contains(tag)).max() {
             connection.acknowledge(last).await?;
-            self.metrics.acknowledged.inc_by(sent);
         }
+        self.metrics.acknowledged.inc_by(sent);
         Ok(())
     }
 }

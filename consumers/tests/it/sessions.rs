@@ -291,6 +291,10 @@ async fn poison_is_rejected_when_the_broker_takes_no_messages() {
     stage.until("SELECT count(*) FROM dead_letters", 3).await;
     stage.consumer.ready(PATIENCE).await.unwrap();
     stage.until_acknowledged().await;
+    // The newest message was rejected, the others acknowledged around it, on the one connection there ever was.
+    let metrics = stage.consumer.metrics().await.unwrap();
+    assert_eq!(metrics.labelled("rabbitmq_dead_lettered_total", "way", "rejected"), Some(1.0), "{metrics:?}");
+    assert_eq!(metrics.count("rabbitmq_reconnects_total"), 0, "{metrics:?}");
     stage.broker.control(&["set_vm_memory_high_watermark", "0.4"]).await.unwrap();
     let letters = stage.settings(QUEUE).dead_letter_queue();
     let deadline = Instant::now() + PATIENCE;

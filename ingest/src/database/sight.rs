@@ -199,8 +199,11 @@ impl Sight {
     async fn watch(self: Arc<Self>, index: usize) {
         let Some(node) = self.nodes.get(index) else { return };
         loop {
-            // Its own token: the watcher's session is not one of those that a cut-over ends.
-            let reason = match timeout(self.patience, open(&node.config, CancellationToken::new())).await {
+            // Its own token: the watcher's session is not one of those that a cut-over ends. It ends with this turn, even when
+            // the node owes an answer.
+            let cut = CancellationToken::new();
+            let _end = cut.clone().drop_guard();
+            let reason = match timeout(self.patience, open(&node.config, cut)).await {
                 Ok(Ok(opened)) => self.follow(index, node, opened).await,
                 Ok(Err(error)) => super::full(&error),
                 Err(_) => format!("no session within {:?}", self.patience),

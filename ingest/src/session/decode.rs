@@ -12,6 +12,10 @@ use crate::dead_letter::Reason;
 use crate::reading::{Rejection, Rules, object, required, text};
 use crate::timestamp;
 
+/// Entries of one list. A site has fewer users at once; a longer list is refused as a whole, since each entry may become a
+/// dead letter many times its size.
+const MAX_ENTRIES: usize = 10_000;
+
 /// What one message holds, in order.
 pub trait Visitor<'a> {
     fn session(&mut self, session_id: Cow<'a, str>, session: Session);
@@ -53,6 +57,10 @@ fn visit_message<'a>(
         return Err(Rejection::new(Reason::WrongType, "active_users_list is not an array"));
     }
     let entries: Vec<&'a RawValue> = serde_json::from_str(list).map_err(not_json)?;
+    if entries.len() > MAX_ENTRIES {
+        let error = format!("active_users_list has {} entries, the limit is {MAX_ENTRIES}", entries.len());
+        return Err(Rejection::new(Reason::TooLarge, error));
+    }
     visitor.site(site_id, at_us, metrics);
     for (index, raw) in entries.into_iter().enumerate() {
         match entry(raw.get(), at_us, rules) {
