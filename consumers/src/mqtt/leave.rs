@@ -3,7 +3,7 @@
 //! A broker deals to a session for as long as it is subscribed, connected or not. So: unsubscribe; then publish a marker
 //! to a topic that this session alone hears. The broker's queue for a session is first in, first out: when the marker
 //! comes, everything that was dealt has come. When all of that is committed, the session is ended (expiry 0). No clock
-//! decides anything. A lost connection begins again; a process that ends half-way leaves the rest to the next one.
+//! decides anything. A lost connection begins again. A process that ends half-way leaves the session as it is.
 
 use rumqttc::v5::mqttbytes::v5::{PubAckReason, Publish, UnsubAckReason};
 
@@ -47,7 +47,7 @@ pub(super) struct Farewell {
     /// Tells this process' markers from those of one that did not come to its end.
     marker: String,
     state: State,
-    /// This process has asked the broker to unsubscribe, so that a second time finds nothing.
+    /// The broker has unsubscribed the session for this process, so that a second time finds nothing.
     asked: bool,
     problem: Option<String>,
 }
@@ -71,20 +71,16 @@ impl Farewell {
             return Ok(());
         }
         if !connection.session_present {
-            if self.asked {
-                tracing::warn!("the broker has lost the session meanwhile, and what it held");
-                self.state = State::Received;
+            let problem = if self.asked {
+                "has lost the session of client id"
             } else {
-                self.fail(
-                    State::Nothing,
-                    format!("the broker holds no session of client id {}", self.client_id),
-                );
-            }
+                "holds no session of client id"
+            };
+            self.fail(State::Nothing, format!("the broker {problem} {}", self.client_id));
             return Ok(());
         }
         self.state = State::Unsubscribing;
-        // The marker's too: that it was subscribed to says that an earlier process began to leave.
-        connection.unsubscribe([self.filter.clone(), self.topic.clone()])
+        connection.unsubscribe([self.filter.clone()])
     }
 
     /// What the broker sent, save what is for the writers.
@@ -95,13 +91,13 @@ impl Farewell {
     ) -> Result<(), ConnectionError> {
         match (self.state, incoming) {
             (State::Unsubscribing, Incoming::Unsubscribed(reasons)) => {
-                let done = |at: usize| reasons.get(at) == Some(&UnsubAckReason::Success);
-                if !done(0) && !done(1) && !self.asked {
+                // Anything but a success: the session may be subscribed otherwise, and is dealt to on and on.
+                if reasons.first() != Some(&UnsubAckReason::Success) && !self.asked {
                     self.fail(
                         State::Failed,
                         format!(
-                            "the session of client id {} is not subscribed to {}: mqtt_consumer.filter must be what the \
-                             member ran with (the broker: {reasons:?})",
+                            "the session of client id {} is not subscribed to {} (the broker: {reasons:?}): mqtt_consumer.filter \
+                             must be what the member ran with; after an interrupted --leave start the member once more first",
                             self.client_id, self.filter
                         ),
                     );
@@ -151,6 +147,17 @@ impl Farewell {
         if publish.payload == self.marker && !self.is_over() {
             tracing::info!("the broker holds nothing more for this session; the rest is committed now");
             self.state = State::Received;
+        }
+    }
+
+    /// A reading has come. After the marker there is none, unless the session is subscribed to something else too.
+    pub(super) fn reading(&mut self) {
+        if self.state == State::Received {
+            self.state = State::Failed;
+            self.problem = Some(format!(
+                "readings come after the marker: the session of client id {} has another subscription than {}",
+                self.client_id, self.filter
+            ));
         }
     }
 
@@ -212,7 +219,8 @@ impl Farewell {
             }
             (_, Some(problem)) => anyhow::bail!("not left: {problem}"),
             (_, None) => anyhow::bail!(
-                "not left: ended before the session was empty. Nothing is lost, the broker keeps the session: run --leave again"
+                "not left: ended before the session was empty. Nothing is lost, the broker keeps the session: start the \
+                 member once more, then --leave again"
             ),
         }
     }

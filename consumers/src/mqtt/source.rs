@@ -145,6 +145,10 @@ impl Source {
             if serving.queue.is_some() && !room && !was_paused {
                 self.source_metrics.paused.inc();
             }
+            if room && was_paused {
+                // Silence while we did not listen says nothing about the broker.
+                last_heard = Instant::now();
+            }
             was_paused = !room;
             tokio::select! {
                 settled = self.settlements.take() => match settled {
@@ -171,13 +175,12 @@ impl Source {
                             }
                             Err(error) => return End::Failed(error),
                         }
+                        // A socket that always has more must not keep the writers from this thread.
+                        tokio::task::consume_budget().await;
                     }
                     Err(error) => return End::Failed(error),
                 },
-                () = room_again(serving.queue.as_ref()), if serving.queue.is_some() && !room => {
-                    // Silence while we did not listen says nothing about the broker.
-                    last_heard = Instant::now();
-                }
+                () = room_again(serving.queue.as_ref()), if serving.queue.is_some() && !room => {}
                 _ = ping.tick() => {
                     if room && last_heard.elapsed() > keep_alive {
                         return End::Failed(ConnectionError::Timeout("PINGREQ"));
@@ -211,12 +214,19 @@ impl Source {
                     serving.marker(&publish);
                 }
                 Ok(Some(Incoming::Publish(publish))) => {
+                    if let Some(farewell) = &mut serving.farewell {
+                        farewell.reading();
+                    }
                     let ack = (publish.qos != QoS::AtMostOnce)
                         .then(|| Ack { connection: serving.generation, id: u64::from(publish.pkid) });
                     chunk.push(Delivery { topic: publish.topic, payload: publish.payload, ack, received });
                 }
                 Ok(Some(other)) => {
-                    confirmed |= matches!(other, Incoming::Subscribed | Incoming::Unsubscribed(_));
+                    confirmed |= match other {
+                        Incoming::Subscribed => true,
+                        Incoming::Unsubscribed(_) => serving.farewell.is_some(),
+                        _ => false,
+                    };
                     if let Some(farewell) = &mut serving.farewell
                         && let Err(error) = farewell.take(&other, &mut serving.connection)
                     {
@@ -265,7 +275,9 @@ impl Serving<'_> {
     /// A marker of a member that leaves, or that began to leave and was started again. It is no reading, so nobody waits
     /// for its acknowledgement; the order among acknowledgements matters for readings.
     fn marker(&mut self, publish: &Publish) {
-        self.connection.acknowledge(publish.pkid);
+        if publish.qos != QoS::AtMostOnce {
+            self.connection.acknowledge(publish.pkid);
+        }
         if let Some(farewell) = &mut self.farewell {
             farewell.marker(publish);
         }

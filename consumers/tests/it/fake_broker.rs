@@ -151,9 +151,9 @@ impl Session {
         }
     }
 
-    /// UNSUBACK with these codes, then what follows: the topic listened to and the message published there.
-    pub(crate) async fn marker(&mut self, codes: [u8; 2]) -> Publish {
-        self.send(&[0xb0, 5, 0, 2, 0, codes[0], codes[1]]).await;
+    /// UNSUBACK with this code, then what follows: the topic listened to and the message published there.
+    pub(crate) async fn marker(&mut self, code: u8) -> Publish {
+        self.send(&[0xb0, 4, 0, 2, 0, code]).await;
         let Some(Packet::Subscribe(subscribe)) = self.next().await else { panic!("SUBSCRIBE expected") };
         self.grant(1).await;
         let Some(Packet::Publish(marker)) = self.next().await else { panic!("PUBLISH expected") };

@@ -7,11 +7,12 @@ use rumqttc::v5::mqttbytes::v5::{Packet, Publish};
 use rumqttc::v5::{Event, EventLoop, MqttOptions};
 use tokio::time::timeout;
 
-use crate::fake_broker::Rig;
+use crate::fake_broker::{Rig, message};
 use crate::floor::{Floor, PATIENCE, READINGS};
 use crate::scale_out::member;
 
 const FILTER: &str = "og/field/#";
+const SHARED: &str = "$share/ingest/og/field/#";
 const TOPIC: &str = "tier0/leave/tier0-mqtt-consumer";
 /// Unsubscribed; was not subscribed.
 const DONE: u8 = 0;
@@ -28,10 +29,10 @@ fn handed_back(marker: &Publish, id: u16) -> BytesMut {
 async fn the_session_ends_when_all_that_was_dealt_to_it_is_committed_and_not_before() {
     let mut rig = Rig::leaving().await;
     let mut session = rig.broker.accept().await;
-    assert_eq!(session.unsubscribing(true).await, [FILTER, TOPIC]);
+    assert_eq!(session.unsubscribing(true).await, [FILTER]);
     // Dealt before the broker unsubscribed it, and queued behind that.
     session.publish([1, 2]).await;
-    let marker = session.marker([DONE, NOTHING]).await;
+    let marker = session.marker(DONE).await;
     assert_eq!(marker.topic, TOPIC);
     session.publish([3]).await;
     let mut taken = rig.take_all(3).await;
@@ -58,12 +59,12 @@ async fn a_lost_connection_begins_again_and_a_foreign_marker_says_nothing() {
     let mut session = rig.broker.accept().await;
     session.unsubscribing(true).await;
     session.publish([1]).await;
-    session.marker([DONE, DONE]).await;
+    session.marker(DONE).await;
     let old = rig.take().await;
     drop(session);
     let mut session = rig.broker.accept().await;
     session.unsubscribing(true).await;
-    let marker = session.marker([NOTHING, DONE]).await;
+    let marker = session.marker(NOTHING).await;
     // One that a process before this left behind; then what the lost connection had not acknowledged.
     session.send(&handed_back(&Publish { payload: "0123".into(), ..marker.clone() }, 9)).await;
     assert_eq!(session.puback().await, 9);
@@ -92,17 +93,47 @@ async fn a_lost_connection_begins_again_and_a_foreign_marker_says_nothing() {
 
 #[tokio::test]
 async fn what_cannot_be_left_is_named_and_kept() {
-    // Never subscribed so, and no earlier process began to leave.
+    // Never subscribed so; nor after an interrupted --leave: which filter that one had is not known.
     let rig = Rig::leaving().await;
     let mut session = rig.broker.accept().await;
     session.unsubscribing(true).await;
-    session.send(&[0xb0, 5, 0, 2, 0, NOTHING, NOTHING]).await;
+    session.send(&[0xb0, 4, 0, 2, 0, NOTHING]).await;
     let (outcome, ()) = tokio::join!(rig.ended(), session.ended());
     let error = outcome.unwrap_err().to_string();
     assert!(
         error.contains("not subscribed to og/field/#") && error.contains("mqtt_consumer.filter"),
         "{error}"
     );
+
+    // Subscribed to something else too: a reading behind the marker.
+    let mut rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    let marker = session.marker(DONE).await;
+    session.send(&[handed_back(&marker, 1), message(2)].concat()).await;
+    let taken = rig.take().await;
+    rig.settle(taken);
+    assert_eq!(session.pubacks(2).await, [1, 2]);
+    let (outcome, ()) = tokio::join!(rig.ended(), session.ended());
+    let error = outcome.unwrap_err().to_string();
+    assert!(error.contains("another subscription"), "{error}");
+
+    // The broker forgets the session in between, and what it held.
+    let rig = Rig::leaving().await;
+    let mut session = rig.broker.accept().await;
+    session.unsubscribing(true).await;
+    session.marker(DONE).await;
+    drop(session);
+    let mut session = rig.broker.accept().await;
+    session.connect().await;
+    session.send(&[0x20, 3, 0, 0, 0]).await;
+    let goodbye = async {
+        assert!(matches!(session.next().await, Some(Packet::Disconnect(_))));
+        drop(session);
+    };
+    let (outcome, ()) = tokio::join!(rig.ended(), goodbye);
+    let error = outcome.unwrap_err().to_string();
+    assert!(error.contains("has lost the session"), "{error}");
 
     // The member still runs.
     let rig = Rig::leaving().await;
@@ -116,7 +147,7 @@ async fn what_cannot_be_left_is_named_and_kept() {
     let rig = Rig::leaving().await;
     let mut session = rig.broker.accept().await;
     session.unsubscribing(true).await;
-    session.send(&[0xb0, 5, 0, 2, 0, DONE, NOTHING]).await;
+    session.send(&[0xb0, 4, 0, 2, 0, DONE]).await;
     assert!(matches!(session.next().await, Some(Packet::Subscribe(_))));
     session.grant(0x87).await;
     let error = rig.ended().await.unwrap_err().to_string();
@@ -126,11 +157,11 @@ async fn what_cannot_be_left_is_named_and_kept() {
     let rig = Rig::leaving().await;
     let mut session = rig.broker.accept().await;
     session.unsubscribing(true).await;
-    session.marker([DONE, NOTHING]).await;
+    session.marker(DONE).await;
     rig.shutdown.cancel();
     let (outcome, ()) = tokio::join!(rig.ended(), session.ended());
     let error = outcome.unwrap_err().to_string();
-    assert!(error.contains("run --leave again"), "{error}");
+    assert!(error.contains("start the member once more"), "{error}");
 }
 
 /// Whether the broker has a session under this client id. Looking makes none.
@@ -146,9 +177,10 @@ async fn has_session(floor: &Floor, client_id: &str) -> bool {
     }
 }
 
-async fn leave(floor: &Floor, name: &'static str) -> Program {
+async fn leave(floor: &Floor, name: &'static str, filter: &str) -> Program {
     let launch = |launch: Launch| {
         let launch = member(name)(launch).named(&format!("{name}-leaves")).args(["--leave"]);
+        let launch = launch.set("mqtt_consumer.filter", filter);
         // Far less than what waits: the broker's queue must be emptied, not only what is in flight.
         launch.set("mqtt_consumer.receive_maximum", 100).set("ingest.max_rows", 100)
     };
@@ -168,7 +200,13 @@ async fn a_member_leaves_under_load_and_its_part_is_stored() {
     let rows: i64 = floor.db().await.query_one(READINGS, &[]).await.unwrap().get(0);
     assert!(rows < 4_500, "the broker deals to the member that is away too: {rows} of 5000");
 
-    let mut leaving = leave(&floor, "member-b").await;
+    // With another filter it would end a session that is still dealt to.
+    let mut wrong = leave(&floor, "member-b", FILTER).await;
+    let status = wrong.wait(PATIENCE).await.unwrap();
+    let log = std::fs::read_to_string(wrong.log()).unwrap();
+    assert!(status.code() == Some(1) && log.contains("not subscribed to og/field/#"), "{log}");
+
+    let mut leaving = leave(&floor, "member-b", SHARED).await;
     let mut sent = 5_000;
     let status = loop {
         // The devices go on meanwhile.
@@ -187,7 +225,7 @@ async fn a_member_leaves_under_load_and_its_part_is_stored() {
     assert!(!has_session(&floor, "member-b").await);
 
     // There is nothing to leave twice, and saying so leaves nothing behind.
-    let mut again = leave(&floor, "member-b").await;
+    let mut again = leave(&floor, "member-b", SHARED).await;
     let status = again.wait(PATIENCE).await.unwrap();
     let log = std::fs::read_to_string(again.log()).unwrap();
     assert!(status.code() == Some(1) && log.contains("holds no session of client id member-b"), "{log}");
