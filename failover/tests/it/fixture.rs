@@ -9,7 +9,7 @@ use playground::cluster::{Cluster, Options};
 use playground::postgres::{Db, Role};
 use playground::program::{Launch, Program};
 use playground::redis::Redis;
-use playground::regions::{Plan, Regions, kill_postmaster};
+use playground::regions::{Plan, Regions, is_whole, kill_postmaster};
 use playground::scratch::Scratch;
 use reqwest::{Client, Method};
 use serde::de::DeserializeOwned;
@@ -182,12 +182,7 @@ impl Fixture {
     /// Every standby holds everything, and nothing is under way.
     pub(crate) async fn whole(&self) -> Status {
         let others = self.agents.len() - 1;
-        self.until("whole", |status| {
-            status.sync_set.len() == others
-                && !status.failover_under_way
-                && status.primary_condition == "alive"
-        })
-        .await
+        self.until("whole", |status| is_whole(status, others)).await
     }
 
     pub(crate) fn index(&self, region: &str) -> usize {
