@@ -53,8 +53,8 @@ mod tests {
     use super::*;
     use crate::settings::DatabaseSettings;
 
-    #[test]
-    fn an_unused_pool_has_no_connections_and_says_how_many_it_may_have() {
+    #[tokio::test]
+    async fn an_unused_pool_has_no_connections_and_says_how_many_it_may_have() {
         let database =
             Database::new(&DatabaseSettings::default(), 3, Health::default().dependency("x")).unwrap();
         let registry = Registry::new();
