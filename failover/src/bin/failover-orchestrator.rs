@@ -108,6 +108,7 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
         metrics: metrics.clone(),
         asked: questions,
         ready: health.dependency("primary"),
+        not_again_before: std::time::Duration::ZERO,
     };
     process.start("engine", async move { engine.run(shutdown).await.context("the engine stopped") });
     let api = Api {

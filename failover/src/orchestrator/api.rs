@@ -104,6 +104,15 @@ fn problem(status: u16, code: &str, message: impl Into<String>, details: serde_j
     (StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR), Json(body)).into_response()
 }
 
+/// Whether a failover is under way, for as long as its caller is answered: a caller that hangs up leaves nothing behind.
+struct Held<'a>(&'a AtomicBool);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
 async fn place(State(api): State<Arc<Api>>, request: Request<Body>, next: Next) -> Response {
     let Ok(_place) = api.places.try_acquire() else {
         return problem(503, "busy", "too many requests at once", serde_json::Value::Null);
@@ -260,6 +269,7 @@ pub async fn failover(
         let message = "another failover is under way; see GET /status";
         return problem(409, "under_way", message, serde_json::Value::Null);
     }
+    let _held = Held(&api.under_way);
     let actor = headers.get("x-actor").and_then(|value| value.to_str().ok()).unwrap_or("api");
     let actor: String = actor.chars().filter(|c| !c.is_control()).take(100).collect();
     let (reply, answer) = oneshot::channel();
@@ -268,7 +278,6 @@ pub async fn failover(
         Ok(()) => answer.await.ok(),
         Err(_) => None,
     };
-    api.under_way.store(false, Ordering::SeqCst);
     match answer {
         Some(Ok(entry)) => done(&report::report(&entry)),
         Some(Err(denied)) => refuse(&denied),

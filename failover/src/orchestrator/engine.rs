@@ -70,6 +70,8 @@ pub struct Engine {
     pub metrics: Metrics,
     pub asked: mpsc::Receiver<Asked>,
     pub ready: Dependency,
+    /// After a failover that failed none begins by itself before this time of the watch.
+    pub not_again_before: Duration,
 }
 
 impl Engine {
@@ -98,7 +100,7 @@ impl Engine {
         let mut orders: JoinSet<Done> = JoinSet::new();
         let mut alarms = Vec::new();
         loop {
-            while self.step(&mut state, &mut orders).await? {}
+            while !shutdown.is_cancelled() && self.step(&mut state, &mut orders).await? {}
             self.show(&state, &mut alarms);
             let watched = self.remote.watched.clone();
             tokio::select! {
@@ -165,12 +167,19 @@ impl Engine {
                 let (operation, failure) = outcome?;
                 self.close(state, operation, failure, redis)?;
             }
+            // People, the health endpoint and SIGTERM come first meanwhile, and the history does not grow by a try a millisecond.
+            Action::FailOver { .. } if now < self.not_again_before => return Ok(false),
             Action::FailOver { target, reason } => {
                 tracing::error!(target, reason, "failing over");
                 let question = Question { target: target.clone(), ..Question::default() };
                 let id = new_id();
-                self.change(state, &question, Kind::Unplanned, id, "automatic".into(), reason.clone(), 0)
+                let entry = self
+                    .change(state, &question, Kind::Unplanned, id, "automatic".into(), reason.clone(), 0)
                     .await?;
+                if !entry.success {
+                    self.not_again_before = self.remote.watched.now() + PAUSE;
+                    return Ok(false);
+                }
             }
             _ => self.send(state, action, orders)?,
         }
