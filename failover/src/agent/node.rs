@@ -176,7 +176,9 @@ impl Postgres {
             .append(true)
             .open(&self.settings.postgres_log)
             .with_context(|| format!("open {}", self.settings.postgres_log.display()))?;
-        let mut command = self.command("postgres", "INT");
+        // An agent that is killed is a crash: Postgres ends at once, without waiting for anybody (children that do not end
+        // are killed after 5 s). An orderly end of ours stops it before, in order.
+        let mut command = self.command("postgres", "QUIT");
         command.arg("-D").arg(&self.settings.data);
         // A crashed backend ends the postmaster: what happens next is for the orchestrator to decide.
         command.args(["-c", "restart_after_crash=off"]);
