@@ -195,7 +195,12 @@ impl Fixture {
     }
 
     pub(crate) fn postmaster(&self, region: &str) -> Pid {
-        Pid::from_raw(self.cluster.nodes[self.index(region)].pid().unwrap())
+        self.started(region).unwrap()
+    }
+
+    /// None between the end of one and the start of the next.
+    pub(crate) fn started(&self, region: &str) -> Option<Pid> {
+        self.cluster.nodes[self.index(region)].pid().map(Pid::from_raw)
     }
 
     /// The agent and its Postgres, at one stroke.
