@@ -10,7 +10,7 @@ use bytes::Bytes;
 use deadpool_postgres::Client;
 use tokio::time::{Instant, timeout};
 
-use crate::dead_letter::{DeadLetter, Reason};
+use crate::dead_letter::{self, DeadLetter, Reason};
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
 use crate::reading::Rules;
@@ -108,6 +108,29 @@ pub struct Mark {
 }
 
 impl Deliveries {
+    /// Ends a batch's transaction, after its rows: the dead letters, those of `refused` rows too, then COMMIT. Of `good`
+    /// parts, what is neither a row nor refused was a duplicate.
+    pub(crate) async fn finish(
+        &self,
+        client: &Client,
+        good: usize,
+        rows: usize,
+        refused: &[DeadLetter],
+        started: Instant,
+    ) -> Result<Committed, WriteError> {
+        dead_letter::insert(client, &self.letters).await?;
+        dead_letter::insert(client, refused).await?;
+        leave_a_record(client, rows).await?;
+        let copied_at = Instant::now();
+        client.batch_execute("COMMIT").await?;
+        Ok(Committed {
+            rows,
+            duplicates: good - rows - refused.len(),
+            copied: copied_at.duration_since(started),
+            committed: copied_at.elapsed(),
+        })
+    }
+
     /// None yet. `source` goes into dead letters.
     #[must_use]
     pub fn new(source: &'static str) -> Self {
@@ -251,7 +274,7 @@ pub(crate) async fn in_time<T>(
 
 /// A transaction that writes nothing does not wait for the standby; yet its duplicates may be rows of an earlier try that
 /// only this machine has. With a record of its own it waits for those too.
-pub(crate) async fn leave_a_record(client: &Client, rows: usize) -> Result<(), WriteError> {
+async fn leave_a_record(client: &Client, rows: usize) -> Result<(), WriteError> {
     if rows == 0 {
         client.batch_execute("SELECT pg_logical_emit_message(true, 'tier0', 'nothing new')").await?;
     }

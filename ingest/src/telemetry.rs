@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::batch::{self, Committed, Deliveries, Path, in_time};
 use crate::census::Census;
 use crate::copy;
-use crate::dead_letter::{self, DeadLetter};
+use crate::dead_letter::DeadLetter;
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
 use crate::reading::{self, Reading, Rejection, Rules, Visitor};
@@ -198,17 +198,8 @@ impl Batch {
         refused: &[DeadLetter],
         started: Instant,
     ) -> Result<Committed, WriteError> {
-        dead_letter::insert(client, self.deliveries.letters()).await?;
-        dead_letter::insert(client, refused).await?;
-        batch::leave_a_record(client, rows).await?;
-        let copied_at = Instant::now();
-        client.batch_execute("COMMIT").await?;
-        Ok(Committed {
-            rows,
-            duplicates: self.fresh.len() + self.suspects.len() - rows - refused.len(),
-            copied: copied_at.duration_since(started),
-            committed: copied_at.elapsed(),
-        })
+        let good = self.fresh.len() + self.suspects.len();
+        self.deliveries.finish(client, good, rows, refused, started).await
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use super::{Detail, Session, decode};
 use crate::batch::{self, Committed, Deliveries, Path, in_time};
 use crate::copy;
-use crate::dead_letter::{self, DeadLetter};
+use crate::dead_letter::DeadLetter;
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
 use crate::isolation::{Isolated, Range, Rows, isolate};
@@ -287,17 +287,8 @@ impl Batch {
         refused: &[DeadLetter],
         started: Instant,
     ) -> Result<Committed, WriteError> {
-        dead_letter::insert(client, self.deliveries.letters()).await?;
-        dead_letter::insert(client, refused).await?;
-        batch::leave_a_record(client, rows).await?;
-        let copied_at = Instant::now();
-        client.batch_execute("COMMIT").await?;
-        Ok(Committed {
-            rows,
-            duplicates: self.events.len() + self.reports.len() - rows - refused.len(),
-            copied: copied_at.duration_since(started),
-            committed: copied_at.elapsed(),
-        })
+        let good = self.events.len() + self.reports.len();
+        self.deliveries.finish(client, good, rows, refused, started).await
     }
 
     /// Merges sessions `from..to`; returns how many rows changed.
