@@ -38,6 +38,13 @@ impl Level {
         (self.max_messages, self.max_bytes)
     }
 
+    /// Waits until everything taken from the broker is settled. For the source, when it reads nothing.
+    pub async fn emptied(&self) {
+        while self.messages() > 0 {
+            self.freed.notified().await;
+        }
+    }
+
     fn has_room(&self) -> bool {
         self.messages() < self.max_messages && self.bytes() < self.max_bytes
     }

@@ -20,7 +20,7 @@ use ingest::queue::{Level, Sender};
 use ingest::settlement::{Refused, Settled, Settlements};
 use service::backoff::Backoff;
 use service::health::Dependency;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
@@ -88,13 +88,7 @@ impl Source {
                             tracing::warn!(
                                 "the database is away: messages are back in the queue until it returns"
                             );
-                            let until = async {
-                                tokio::select! {
-                                    () = emptied(&level) => {}
-                                    () = shutdown.cancelled() => {}
-                                }
-                            };
-                            self.void_until(until).await;
+                            self.until_emptied(&level, &shutdown).await;
                             continue;
                         }
                     }
@@ -112,18 +106,23 @@ impl Source {
             self.void_until(timeout(wait, shutdown.cancelled()).map(drop)).await;
             // What was taken from the old connection comes again on the new one. Taking it again and again while the
             // database is away would fill the queue with copies, and count against a broker's delivery limit.
-            let until = async {
-                tokio::select! {
-                    () = emptied(&level) => {}
-                    () = shutdown.cancelled() => {}
-                }
-            };
-            self.void_until(until).await;
+            self.until_emptied(&level, &shutdown).await;
         }
         // No connection to acknowledge on: what is in the queue is still committed, and delivered again later.
         drop(queue.take());
         self.void_until(std::future::pending()).await;
         Ok(())
+    }
+
+    /// Without a connection, until the writers have committed everything they have, or shutdown.
+    async fn until_emptied(&self, level: &Level, shutdown: &CancellationToken) {
+        let until = async {
+            tokio::select! {
+                () = level.emptied() => {}
+                () = shutdown.cancelled() => {}
+            }
+        };
+        self.void_until(until).await;
     }
 
     async fn void_until(&self, until: impl Future<Output = ()>) {
@@ -236,12 +235,5 @@ async fn room_again(queue: Option<&Sender>) {
     match queue {
         Some(queue) => queue.room().await,
         None => std::future::pending().await,
-    }
-}
-
-/// Waits until the writers have committed everything they have.
-async fn emptied(level: &Level) {
-    while level.messages() > 0 {
-        sleep(WATCH_PERIOD / 4).await;
     }
 }
