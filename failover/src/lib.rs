@@ -14,6 +14,7 @@ pub mod history;
 pub mod lsn;
 pub mod operation;
 pub mod orchestrator;
+pub mod priority;
 pub mod protocol;
 pub mod state;
 pub mod token;

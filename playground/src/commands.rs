@@ -53,7 +53,7 @@ pub async fn status(home: &Home) -> anyhow::Result<ExitCode> {
         good &= fine;
         let stat = procfs::stat(process.pid);
         say(format!(
-            "  {:<22}127.0.0.1:{:<7}pid {:<9}{:>5} MB  {what}",
+            "  {:<26}127.0.0.1:{:<7}pid {:<9}{:>5} MB  {what}",
             process.name,
             process.port,
             process.pid,

@@ -163,7 +163,12 @@ impl Connection {
 
     /// Says goodbye; what is unacknowledged goes back to the queue.
     pub async fn close(self, patience: Duration) {
-        match timeout(patience, self.inner.close(200, "OK".into())).await {
+        let goodbye = async {
+            // The channel first: its broker's process answers when it has taken in every acknowledgement before.
+            self.channel.close(200, "OK".into()).await?;
+            self.inner.close(200, "OK".into()).await
+        };
+        match timeout(patience, goodbye).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(%error, "goodbye not sent"),
             Err(_) => tracing::debug!("goodbye not answered in time"),

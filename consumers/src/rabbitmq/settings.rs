@@ -8,10 +8,6 @@ use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
 use service::settings::Settings;
-use wire::rabbitmq::QueueType;
-
-/// A quorum queue refuses a larger window.
-const MAX_QUORUM_PREFETCH: u16 = 2000;
 
 /// All sections `rabbitmq-consumer` reads.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -31,6 +27,10 @@ pub struct RabbitConsumerSettings {
 pub struct ConsumerSettings {
     /// Messages the broker may have outstanding towards this consumer. A batch holds at most half of them.
     pub prefetch: u16,
+    /// A batch closes when its oldest message has waited so long; instead of `ingest.max_age`, and longer: the more events
+    /// of a session fold into one row, the less Postgres has to do.
+    #[serde(with = "humantime_serde")]
+    pub max_age: Duration,
     /// Messages that cannot be committed for so long go back to the queue, where another consumer may have more luck.
     /// Below the broker's `consumer_timeout` (30 min), at which it would close the channel.
     #[serde(with = "humantime_serde")]
@@ -45,7 +45,8 @@ pub struct ConsumerSettings {
 impl Default for ConsumerSettings {
     fn default() -> Self {
         Self {
-            prefetch: MAX_QUORUM_PREFETCH,
+            prefetch: 5000,
+            max_age: Duration::from_millis(100),
             requeue_after: Duration::from_secs(15 * 60),
             grace: Duration::from_secs(30),
             migrate: true,
@@ -54,12 +55,16 @@ impl Default for ConsumerSettings {
 }
 
 impl RabbitConsumerSettings {
-    /// `[ingest]`, with batches of at most half the window: while one is committed the next must be able to fill, and
-    /// none may wait for messages that the broker will not send.
+    /// `[ingest]`, with batches of our own age and of at most half the window: while one is committed the next must be able
+    /// to fill, and none may wait for messages that the broker will not send.
     #[must_use]
     pub fn ingest(&self) -> IngestSettings {
         let half = usize::from(self.rabbitmq_consumer.prefetch / 2).max(1);
-        IngestSettings { max_rows: self.ingest.max_rows.min(half), ..self.ingest.clone() }
+        IngestSettings {
+            max_rows: self.ingest.max_rows.min(half),
+            max_age: self.rabbitmq_consumer.max_age,
+            ..self.ingest.clone()
+        }
     }
 }
 
@@ -75,11 +80,6 @@ impl Settings for RabbitConsumerSettings {
         let consumer = &self.rabbitmq_consumer;
         if consumer.prefetch == 0 {
             return Err("rabbitmq_consumer.prefetch must be above 0".into());
-        }
-        if self.rabbitmq.queue_type == QueueType::Quorum && consumer.prefetch > MAX_QUORUM_PREFETCH {
-            return Err(format!(
-                "rabbitmq_consumer.prefetch must not exceed {MAX_QUORUM_PREFETCH}: a quorum queue refuses more"
-            ));
         }
         if usize::from(consumer.prefetch) > self.ingest.queue_messages {
             return Err(format!(

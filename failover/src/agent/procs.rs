@@ -2,13 +2,18 @@
 //!
 //! A postmaster that was killed leaves its children behind for a moment; nothing may touch the data before they are gone.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::bail;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::Instant;
+
+use crate::priority;
+
+const LIMIT: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Everything that runs in `data`. Needs to be root or the same user.
 #[must_use]
@@ -18,33 +23,44 @@ pub fn inside(data: &Path) -> Vec<i32> {
     entries
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
-        .filter(|pid| std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data))
-        // Somebody's shell may be there too; it is not ours to end.
-        .filter(|pid| {
-            std::fs::read_to_string(format!("/proc/{pid}/comm"))
-                .is_ok_and(|name| name.starts_with("postgres"))
-        })
+        .filter(|pid| works_in(*pid, &data))
         .collect()
 }
 
-/// Kills what a dead postmaster left, and returns when it is gone.
+fn works_in(pid: i32, data: &Path) -> bool {
+    std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data)
+        // Somebody's shell may be there too; it is not ours to end.
+        && std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("postgres"))
+}
+
+/// Kills what a dead postmaster left, and returns when it is gone. What is dying gives way to everything else: freeing
+/// its shared memory costs processor time just when the other region takes over.
 ///
 /// # Errors
 /// When something is still there after 10 s.
 pub async fn sweep(data: &Path) -> anyhow::Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
+    let deadline = Instant::now() + LIMIT;
+    let data: PathBuf = data.canonicalize().unwrap_or_else(|_| data.into());
     loop {
-        let left = inside(data);
-        let Some(first) = left.first() else { return Ok(()) };
-        if Instant::now() > deadline {
-            bail!("process {first} still works in {} 10 s after SIGKILL", data.display());
+        // Looking at every process of the machine takes milliseconds; after that, only at these.
+        let mut left = inside(&data);
+        if left.is_empty() {
+            return Ok(());
         }
-        for pid in &left {
+        for pid in left.iter().map(|pid| Pid::from_raw(*pid)) {
+            priority::last(pid);
             // Gone in between is what we want.
-            if let Err(error) = kill(Pid::from_raw(*pid), Signal::SIGKILL) {
-                tracing::debug!(pid, %error, "not killed");
+            if let Err(error) = kill(pid, Signal::SIGKILL) {
+                tracing::debug!(%pid, %error, "not killed");
             }
         }
-        tokio::time::sleep(Duration::from_millis(2)).await;
+        loop {
+            left.retain(|pid| works_in(*pid, &data));
+            let Some(first) = left.first() else { break };
+            if Instant::now() > deadline {
+                bail!("process {first} still works in {} {LIMIT:?} after SIGKILL", data.display());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
     }
 }

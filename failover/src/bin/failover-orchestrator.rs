@@ -16,6 +16,7 @@ use failover::orchestrator::remote::Remote;
 use failover::orchestrator::settings::OrchestratorSettings;
 use failover::orchestrator::store::Store;
 use failover::orchestrator::watch::{self, Watched};
+use failover::priority;
 use service::health::Health;
 use service::process::Process;
 use service::settings::SettingsArgs;
@@ -42,7 +43,16 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    process::main(&args.settings, |settings: &OrchestratorSettings| &settings.log, run)
+    // Before any other thread is there, since each thread has its own.
+    let raised = priority::first();
+    process::main(
+        &args.settings,
+        |settings: &OrchestratorSettings| &settings.log,
+        |settings| {
+            priority::log(raised);
+            run(settings)
+        },
+    )
 }
 
 async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {

@@ -11,6 +11,7 @@ use failover::agent::node::Postgres;
 use failover::agent::orders::Orders;
 use failover::agent::sampler;
 use failover::agent::settings::AgentSettings;
+use failover::priority;
 use failover::protocol::Stop;
 use service::health::Health;
 use service::process::Process;
@@ -39,7 +40,16 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    process::main(&args.settings, |settings: &AgentSettings| &settings.log, run)
+    // Before any other thread is there, since each thread has its own.
+    let raised = priority::first();
+    process::main(
+        &args.settings,
+        |settings: &AgentSettings| &settings.log,
+        |settings| {
+            priority::log(raised);
+            run(settings)
+        },
+    )
 }
 
 async fn run(settings: AgentSettings) -> anyhow::Result<()> {

@@ -27,22 +27,24 @@ use crate::scratch::Scratch;
 use crate::up::load_session_ledger;
 use crate::verify::sessions::{compare, read};
 
-const PREFETCH: u16 = 2000;
 /// A consumer that only acknowledges does so once for so many, or when nothing more is there.
 const ACK_EVERY: usize = 500;
 const READY: Duration = Duration::from_secs(60);
 /// The usual consumer is so much slower that it need not be shown everything.
-const BASELINE_PART: u64 = 20;
+const BASELINE_PART: u64 = 50;
 
 /// Options of `bench-sessions`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchSessionsArgs {
     /// Times every row is measured; the median counts
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub rounds: u32,
     /// Messages per measurement
     #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1_000..=10_000_000))]
     pub messages: u64,
+    /// Messages the broker may have outstanding, towards our consumer and towards the one that only acknowledges
+    #[arg(long, default_value_t = 5_000, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub prefetch: u16,
     /// Where the medians go, as JSON
     #[arg(long, value_name = "FILE", default_value = "target/bench-sessions.json")]
     pub json: PathBuf,
@@ -53,6 +55,7 @@ struct Floor {
     cluster: Cluster,
     scratch: Scratch,
     queues: u32,
+    prefetch: u16,
 }
 
 /// Runs the benchmark and prints the table.
@@ -64,7 +67,7 @@ pub async fn run(args: BenchSessionsArgs) -> anyhow::Result<()> {
     let (cluster, broker) =
         tokio::try_join!(Cluster::start(&scratch, Options::default()), RabbitMq::start(&scratch, &[]))?;
     ingest::schema::migrate(&mut *cluster.connect(Role::Owner).await?).await?;
-    let mut floor = Floor { broker, cluster, scratch, queues: 0 };
+    let mut floor = Floor { broker, cluster, scratch, queues: 0, prefetch: args.prefetch };
     let mut samples = [const { Vec::new() }; 3];
     for round in 1..=args.rounds {
         let measured = [
@@ -114,7 +117,7 @@ impl Floor {
 
     async fn limit(&mut self, messages: u64) -> anyhow::Result<f64> {
         let broker = self.queue();
-        let (_connection, channel, mut consumer) = consume(&broker, PREFETCH).await?;
+        let (_connection, channel, mut consumer) = consume(&broker, self.prefetch).await?;
         let count = Arc::new(AtomicU64::new(0));
         let counted = count.clone();
         let mut tasks = JoinSet::new();
@@ -148,6 +151,7 @@ impl Floor {
             .await?;
         let launch = Launch::new("rabbitmq-consumer").envs(self.cluster.environment());
         let launch = launch.envs(self.broker.environment()).set("rabbitmq.queue", &broker.queue);
+        let launch = launch.set("rabbitmq_consumer.prefetch", self.prefetch);
         let mut consumer = launch.start(self.scratch.path()).await?;
         consumer.ready(READY).await?;
         let mut publisher = self.publish(&broker, messages).await?;

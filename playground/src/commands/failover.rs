@@ -170,7 +170,7 @@ fn lines(status: &Status, now: Timestamp) -> Vec<String> {
         let timeline = node.timeline.map_or_else(|| "-".into(), |timeline| timeline.to_string());
         lines.push(
             format!(
-                "  {:<22}{:<20}{role:<10} timeline {timeline:<4} {what}  {lag}",
+                "  {:<26}{:<20}{role:<10} timeline {timeline:<4} {what}  {lag}",
                 node.region, node.address
             )
             .trim_end()

@@ -4,6 +4,7 @@
 //! changes nothing. A broker that takes no messages (memory or disk alarm) is waited for.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use amqp::AmqpError;
@@ -194,7 +195,7 @@ impl Publisher {
                 self.wait(confirms, ending, room > 0 && !blocked).await?;
                 continue;
             }
-            self.send(channel, chunk, confirms).await?;
+            self.send((connection, channel), chunk, confirms, ending).await?;
         }
     }
 
@@ -309,22 +310,38 @@ impl Publisher {
 
     async fn send(
         &mut self,
-        channel: &Channel,
+        (connection, channel): (&Connection, &Channel),
         chunk: Vec<Outgoing>,
         confirms: &mut VecDeque<(Outgoing, PublisherConfirm)>,
+        ending: &CancellationToken,
     ) -> Result<(), AmqpError> {
-        let queue = &self.settings.rabbitmq.queue;
-        let published = chunk.iter().map(|outgoing| {
-            let properties = BasicProperties::default()
-                .with_delivery_mode(PERSISTENT)
-                .with_content_type("application/json".into());
-            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-            let payload = &outgoing.message.payload;
-            channel.basic_publish("".into(), queue.as_str().into(), options, payload, properties)
-        });
-        // Polled in this order, and each takes its place among the frames when it is first polled.
-        let outcome = tokio::time::timeout(ANSWER_WAIT, join_all(published)).await;
-        let Ok(outcomes) = outcome else {
+        let outcomes = {
+            let queue = &self.settings.rabbitmq.queue;
+            let published = chunk.iter().map(|outgoing| {
+                let properties = BasicProperties::default()
+                    .with_delivery_mode(PERSISTENT)
+                    .with_content_type("application/json".into());
+                let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+                let payload = &outgoing.message.payload;
+                channel.basic_publish("".into(), queue.as_str().into(), options, payload, properties)
+            });
+            // Polled in this order, and each takes its place among the frames when it is first polled.
+            let mut published = pin!(join_all(published));
+            let mut since = Instant::now();
+            loop {
+                match tokio::time::timeout(WATCH, &mut published).await {
+                    Ok(outcomes) => break Some(outcomes),
+                    // An alarm that came in the middle of it: the frames wait in the client and go out when it is over.
+                    Err(_) if connection.status().blocked() && !ending.is_cancelled() => {
+                        self.metrics.blocked.set(1);
+                        since = Instant::now();
+                    }
+                    Err(_) if since.elapsed() < ANSWER_WAIT => {}
+                    Err(_) => break None,
+                }
+            }
+        };
+        let Some(outcomes) = outcomes else {
             self.again.extend(chunk);
             return Err(AmqpError::Retry(format!("the broker took nothing for {ANSWER_WAIT:?}")));
         };

@@ -7,11 +7,12 @@ use amqp::Broker;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
+use playground::metrics::Metrics;
 use playground::program::{Launch, Program};
 use playground::rabbitmq::RabbitMq;
 use playground::scratch::Scratch;
 use serde_json::Value;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use wire::sessions::SessionLedger;
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -175,6 +176,37 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
     assert_eq!(ledger.confirmed + skipped(&users), 8000);
     assert!(messages.len() as u64 >= ledger.confirmed);
     agree(&ledger, &messages);
+}
+
+#[tokio::test]
+async fn a_broker_that_is_out_of_memory_is_waited_for() {
+    let users = Users::new().await;
+    let args =
+        ["--rate", "1000", "--count", "6000", "--users", "200", "--set", "user_simulator.max_behind=60s"];
+    let mut simulator = users.start(&args).await;
+    until(&simulator, |metrics| metrics.count("user_simulator_confirmed_total") >= 1000).await;
+    users.broker.control(&["set_vm_memory_high_watermark", "absolute", "1MB"]).await.unwrap();
+    until(&simulator, |metrics| metrics.sum("user_simulator_blocked") == 1.0).await;
+    // Longer than a broker is waited for that does not say why it confirms nothing.
+    sleep(Duration::from_secs(12)).await;
+    let blocked = simulator.metrics().await.unwrap();
+    assert_eq!(blocked.sum("user_simulator_blocked"), 1.0);
+    assert!(blocked.count("user_simulator_confirmed_total") < 6000);
+    users.broker.control(&["set_vm_memory_high_watermark", "0.4"]).await.unwrap();
+    assert!(simulator.wait(PATIENCE).await.unwrap().success());
+    let ledger = users.ledger();
+    let messages = users.drained().await;
+    // The same connection throughout: nothing had to be published twice.
+    assert_eq!((ledger.complete, ledger.confirmed, ledger.repeated, messages.len()), (true, 6000, 0, 6000));
+    agree(&ledger, &messages);
+}
+
+async fn until(simulator: &Program, reached: impl Fn(&Metrics) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !simulator.metrics().await.is_ok_and(|metrics| reached(&metrics)) {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}");
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn skipped(users: &Users) -> u64 {

@@ -16,6 +16,7 @@ use super::Postgres;
 use crate::agent::conf::Conf;
 use crate::agent::settings::RegionAgent;
 use crate::agent::shared::Shared;
+use crate::priority;
 use crate::protocol::{Control, Upstream};
 
 const TOOL: Duration = Duration::from_secs(10);
@@ -132,6 +133,7 @@ pub(super) async fn spawn(command: Command) -> anyhow::Result<Child> {
     let spawner = SPAWNER.get_or_init(|| {
         let (sender, jobs) = std::sync::mpsc::sync_channel::<Job>(16);
         let thread = std::thread::Builder::new().name("spawner".into()).spawn(move || {
+            priority::ordinary();
             for Job { mut command, runtime, reply } in jobs {
                 let _entered = runtime.enter();
                 drop(reply.send(command.spawn()));

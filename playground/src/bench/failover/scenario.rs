@@ -72,10 +72,17 @@ fn duplicated_in(report: &verify::Report) -> u64 {
     report.nodes.iter().map(|node| node.rows.saturating_sub(node.distinct) + node.extra).max().unwrap_or(0)
 }
 
+/// A rejoin copies gigabytes of WAL; until they are on disk a promotion's fsync waits for them. One round must not pay for
+/// the one before.
+async fn flushed() -> anyhow::Result<()> {
+    tokio::task::spawn_blocking(nix::unistd::sync).await.context("wait for the disk")
+}
+
 /// What Postgres needs by itself: nobody decides, nobody fences.
 async fn floor(rate: u32) -> anyhow::Result<(Round, verify::Report)> {
     let mut stage = Stage::start(rate, None).await?;
     let standby = stage.cluster.standby().admin().await?;
+    flushed().await?;
     stage.commits.after(Instant::now(), STEADY, LIMIT).await?;
     let began = Instant::now();
     kill_postmaster(stage.cluster.primary())?;
@@ -100,6 +107,7 @@ async fn round(stage: &mut Stage, scenario: Scenario) -> anyhow::Result<Round> {
     stage.cluster.led_by(&from)?;
     let redis = stage.regions()?.redis.as_mut().context("a stage with Redis")?;
     redis.settled(LIMIT).await?;
+    flushed().await?;
     stage.commits.after(Instant::now(), STEADY, LIMIT).await?;
     if scenario == Scenario::RedisKill {
         return redis_kill(stage).await;
