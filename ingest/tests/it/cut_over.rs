@@ -79,7 +79,8 @@ async fn a_frozen_primary_costs_no_timeout_and_is_not_believed_when_it_thaws() {
         acknowledged.push(number);
     }
     // All that was acknowledged is on the new primary, in its order; the commit that nobody answered is not.
-    let rows = standby.query("SELECT a FROM t ORDER BY a", &[]).await.unwrap();
+    let direct = cluster.standby().connect(Role::Owner).await.unwrap();
+    let rows = direct.query("SELECT a FROM t ORDER BY a", &[]).await.unwrap();
     let stored: Vec<i32> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(stored, acknowledged);
 }
