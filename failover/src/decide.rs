@@ -44,6 +44,10 @@ pub enum Action {
     Confirm {
         node: Node,
     },
+    /// Start a former primary as a standby of nobody, so that an operator can see what it has, and promote it.
+    Wake {
+        node: Node,
+    },
     /// Bring a standby back.
     Rejoin {
         node: Node,
@@ -82,13 +86,12 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
             return Action::HaltStray { node: node.clone() };
         }
     }
-    if state.mode == Mode::Paused {
-        return Action::Nothing;
-    }
     let primary = &state.primary;
-    let reason = match view.condition(primary, now, policy) {
+    let condition = view.condition(primary, now, policy);
+    let reason = match &condition {
         Condition::Alive => return upkeep(state, view, rules, now),
-        Condition::Uncertain(_) => return revive(state, view, rules, now),
+        _ if state.mode == Mode::Paused => return Action::Nothing,
+        Condition::Uncertain(_) => return revive(state, view, rules, now, false),
         Condition::Standby if idle(primary) => {
             return Action::Lead {
                 node: primary.clone(),
@@ -106,29 +109,44 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
             Action::Nothing
         }
         // Nobody else has everything. If its machine is there, its own data is what is safe.
-        None if view.condition(primary, now, policy) == Condition::Gone && idle(primary) => {
+        None if condition == Condition::Gone && !has_no_data(view, primary) && idle(primary) => {
             Action::Lead { node: primary.clone(), reason: format!("{reason}; no standby is in sync") }
         }
-        None => revive(state, view, rules, now),
+        None => {
+            // Its data does not start: the last order failed a moment ago.
+            let failed = view.node(primary).is_some_and(|seen| !seen.busy && now < seen.not_before);
+            let forsaken = condition == Condition::Lost || failed || has_no_data(view, primary);
+            revive(state, view, rules, now, forsaken)
+        }
     }
 }
 
+/// Its agent has looked and found nothing to start.
+fn has_no_data(view: &View, node: &str) -> bool {
+    view.node(node).and_then(|seen| seen.status.as_ref()).is_some_and(|status| {
+        matches!(status.postmaster, Postmaster::Stopped { settled: true, .. }) && status.control.is_none()
+    })
+}
+
 /// Without a primary, a stopped standby is started all the same: what it has can then be seen, and promoted when an
-/// operator says so. Nothing is rewritten, since there is nothing to copy from.
-fn revive(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
-    let stopped = view.nodes.iter().find(|(node, seen)| {
-        **node != state.primary
-            && !seen.busy
-            && now >= seen.not_before
-            && seen.fresh(now, &rules.policy).is_some_and(|status| {
-                matches!(status.postmaster, Postmaster::Stopped { settled: true, .. })
-                    && status.control.as_ref().is_some_and(|control| control.standby)
-            })
-    });
-    match stopped {
-        Some((node, _)) => Action::Rejoin { node: node.clone(), how: Rejoin::Follow },
-        None => Action::Nothing,
+/// operator says so. Nothing is rewritten, since there is nothing to copy from. A former primary may be the last one left
+/// with data when the primary is `forsaken`: it is woken as a standby of nobody, and acknowledges nothing.
+fn revive(state: &State, view: &View, rules: &Rules, now: Duration, forsaken: bool) -> Action {
+    for (node, seen) in &view.nodes {
+        let Some(status) = seen.fresh(now, &rules.policy) else { continue };
+        let Some(control) = &status.control else { continue };
+        let settled = matches!(status.postmaster, Postmaster::Stopped { settled: true, .. });
+        if *node == state.primary || !settled || seen.busy || now < seen.not_before {
+            continue;
+        }
+        if control.standby && !status.estranged {
+            return Action::Rejoin { node: node.clone(), how: Rejoin::Follow };
+        }
+        if forsaken {
+            return Action::Wake { node: node.clone() };
+        }
     }
+    Action::Nothing
 }
 
 fn exit_reason(view: &View, primary: &str) -> String {
@@ -178,24 +196,34 @@ fn upkeep(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
 /// Standbys that run no more or do not stream from the primary.
 fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
     let Some(upstream) = rules.addresses.get(&state.primary) else { return Action::Nothing };
+    // Somebody may be at work on a node that is down.
+    if state.mode == Mode::Paused {
+        return Action::Nothing;
+    }
+    let leader = view.node(&state.primary).and_then(|seen| seen.sample(now, &rules.policy));
+    let leader = leader.map_or(0, |sample| sample.timeline);
     for (node, seen) in &view.nodes {
         if *node == state.primary || seen.busy || now < seen.not_before {
             continue;
         }
-        if let Some(how) = way_back(seen, upstream, now, &rules.policy) {
+        if let Some(how) = way_back(seen, upstream, leader, now, &rules.policy) {
             return Action::Rejoin { node: node.clone(), how };
         }
     }
     Action::Nothing
 }
 
-/// How a standby comes back, or `None` when it needs no help.
-fn way_back(seen: &Seen, upstream: &Upstream, now: Duration, policy: &Policy) -> Option<Rejoin> {
+/// How a standby comes back, or `None` when it needs no help. `leader` is the primary's timeline.
+fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy: &Policy) -> Option<Rejoin> {
     let status = seen.fresh(now, policy)?;
+    // Data that was a primary's has WAL of its own, most likely. On a timeline as high as the leader's, it is another
+    // history under the same number: pg_rewind would compare nothing and find nothing to do, and streaming would mix the two.
+    let parted = if status.timeline() >= leader { Rejoin::Clone } else { Rejoin::Rewind };
     let first = match &status.postmaster {
         Postmaster::Stopping | Postmaster::Rebuilding { .. } => return None,
         // It takes its time; but one whose order has failed would start for ever (the WAL that it needs is gone).
         Postmaster::Starting if seen.failed.is_none() => return None,
+        Postmaster::Starting | Postmaster::Running if status.estranged => parted,
         Postmaster::Starting => Rejoin::Follow,
         Postmaster::Running => {
             let waited =
@@ -210,11 +238,15 @@ fn way_back(seen: &Seen, upstream: &Upstream, now: Duration, policy: &Policy) ->
         }
         Postmaster::Stopped { settled: false, .. } => return None,
         Postmaster::Stopped { .. } => match &status.control {
-            // A primary that crashed has WAL of its own, most likely.
-            Some(control) if !control.standby && control.state != "shut down" => Rejoin::Rewind,
-            Some(_) => Rejoin::Follow,
             None => Rejoin::Clone,
+            Some(_) if status.estranged => parted,
+            Some(control) if control.standby => Rejoin::Follow,
+            Some(control) if control.state == "shut down" && parted != Rejoin::Clone => Rejoin::Follow,
+            Some(_) => parted,
         },
     };
     Some(seen.failed.map_or(first, |failed| first.max(failed.next())))
 }
+
+#[cfg(test)]
+mod tests;

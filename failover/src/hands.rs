@@ -37,6 +37,6 @@ pub trait Hands: Send + Sync {
     /// When it cannot be written; nothing may be done then that relies on it.
     fn save(&self, state: &State) -> anyhow::Result<()>;
 
-    /// Called after each step that was made durable. Tests end the process here.
+    /// Called after each step, when what it needs to be durable is. Tests end the process here.
     fn passed(&self, step: &str);
 }

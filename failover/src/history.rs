@@ -5,8 +5,9 @@
 //! next start. Nothing here is ever rewritten.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use jiff::Timestamp;
@@ -30,6 +31,7 @@ pub struct Entry {
     pub operation: Operation,
     #[schema(value_type = String)]
     pub ended_at: Timestamp,
+    /// By a clock that nobody sets.
     pub total_duration_ms: f64,
     pub success: bool,
     pub failure: Option<Failure>,
@@ -106,7 +108,7 @@ impl History {
         self.entries.iter().rev().find(|entry| entry.operation.id == operation)
     }
 
-    /// Appends an entry and flushes it. An operation that has one already (we died between this and the state) keeps it.
+    /// Appends an entry of an operation that took so long, and flushes it. An operation that has one already (we died between this and the state) keeps it.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -114,18 +116,18 @@ impl History {
         &mut self,
         operation: Operation,
         failure: Option<Failure>,
-        ended_at: Timestamp,
+        took: Duration,
     ) -> anyhow::Result<&Entry> {
         if let Some(at) = self.entries.iter().position(|entry| entry.operation.id == operation.id) {
             return self.entries.get(at).context("the entry is there");
         }
-        let total = ended_at.duration_since(operation.started_at);
+        let ended_at = operation.started_at.saturating_add(took).unwrap_or(operation.started_at);
         let mut entry = Entry {
             number: self.entries.len() as u64 + 1,
             previous: self.entries.last().map_or_else(|| START.to_owned(), |entry| entry.hash.clone()),
             operation,
             ended_at,
-            total_duration_ms: total.as_secs_f64() * 1000.0,
+            total_duration_ms: took.as_secs_f64() * 1000.0,
             success: failure.is_none(),
             failure,
             hash: String::new(),
@@ -149,21 +151,41 @@ impl History {
         self.entries.last().context("the entry was just added")
     }
 
-    /// Reads the file again and checks every hash.
+    /// What is needed to check the file without holding the history.
+    #[must_use]
+    pub fn verifier(&self) -> Verifier {
+        Verifier { path: self.path.clone(), known: self.entries.len() as u64 }
+    }
+}
+
+/// Checks the file as it stands, beside one who appends to it.
+#[derive(Debug, Clone)]
+pub struct Verifier {
+    path: PathBuf,
+    known: u64,
+}
+
+impl Verifier {
+    /// Reads the file again and checks every hash. `now` says how many entries were written by the time it was read: more
+    /// than that are not ours.
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn verify(&self) -> anyhow::Result<Verification> {
-        let text = match std::fs::read_to_string(&self.path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(error).with_context(|| format!("read {}", self.path.display())),
+    pub fn verify(&self, now: impl FnOnce() -> u64) -> anyhow::Result<Verification> {
+        let mut lines = match File::open(&self.path) {
+            Ok(file) => Some(BufReader::new(file)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error).with_context(|| format!("open {}", self.path.display())),
         };
         let mut entries = 0;
         let mut previous = START.to_owned();
-        for line in text.lines() {
-            let checked = check(line, entries + 1, &previous);
-            match checked {
+        let mut line = String::new();
+        while let Some(lines) = &mut lines {
+            line.clear();
+            lines.read_line(&mut line).with_context(|| format!("read {}", self.path.display()))?;
+            // One without its end is being written.
+            let Some(whole) = line.strip_suffix('\n') else { break };
+            match check(whole, entries + 1, &previous) {
                 Ok(hash) => previous = hash,
                 Err(error) => {
                     let broken = Some(format!("line {}: {error:#}", entries + 1));
@@ -172,9 +194,9 @@ impl History {
             }
             entries += 1;
         }
-        let known = self.entries.len() as u64;
-        let broken =
-            (entries != known).then(|| format!("{entries} entries in the file, {known} were written"));
+        let written = now().max(self.known);
+        let broken = (entries < self.known || entries > written)
+            .then(|| format!("{entries} entries in the file, {written} were written"));
         Ok(Verification { entries, intact: broken.is_none(), broken })
     }
 }
@@ -224,8 +246,9 @@ mod tests {
             addresses: Default::default(),
             timeline: 1,
             marker: 0,
-            bytes_at_risk: 0,
+            bytes_at_risk: Some(0),
             guard: false,
+            two_copies: false,
         };
         Operation::new(request, &state)
     }
@@ -233,9 +256,37 @@ mod tests {
     fn filled(dir: &Path) -> History {
         let mut history = History::open(dir).unwrap();
         for id in ["a", "b", "c"] {
-            history.append(operation(id), None, Timestamp::UNIX_EPOCH).unwrap();
+            history.append(operation(id), None, Duration::ZERO).unwrap();
         }
         history
+    }
+
+    fn verified(history: &History) -> Verification {
+        history.verifier().verify(|| history.entries().len() as u64).unwrap()
+    }
+
+    #[test]
+    fn a_duration_is_what_was_measured() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut history = History::open(dir.path()).unwrap();
+        // Of a clock that was set back meanwhile nothing is to be seen.
+        let entry = history.append(operation("a"), None, Duration::from_millis(1500)).unwrap();
+        assert!((entry.total_duration_ms - 1500.0).abs() < 1e-9);
+        assert_eq!(entry.ended_at, Timestamp::from_millisecond(1500).unwrap());
+    }
+
+    /// The check takes a copy of what it needs: entries may be appended while it reads, but only ours.
+    #[test]
+    fn is_verified_beside_one_who_appends() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut history = filled(dir.path());
+        let verifier = history.verifier();
+        history.append(operation("d"), None, Duration::ZERO).unwrap();
+        let verification = verifier.verify(|| history.entries().len() as u64).unwrap();
+        assert!(verification.intact, "{verification:?}");
+        assert_eq!(verification.entries, 4);
+        let verification = verifier.verify(|| 3).unwrap();
+        assert!(!verification.intact, "an entry that nobody wrote: {verification:?}");
     }
 
     #[test]
@@ -248,11 +299,11 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let mut history = History::open(dir.path()).unwrap();
         assert_eq!(history.entries().len(), 3);
-        assert!(history.verify().unwrap().intact);
-        history.append(operation("c"), None, Timestamp::UNIX_EPOCH).unwrap();
+        assert!(verified(&history).intact);
+        history.append(operation("c"), None, Duration::ZERO).unwrap();
         assert_eq!(history.entries().len(), 3, "never twice");
-        history.append(operation("d"), None, Timestamp::UNIX_EPOCH).unwrap();
-        assert_eq!(History::open(dir.path()).unwrap().verify().unwrap().entries, 4);
+        history.append(operation("d"), None, Duration::ZERO).unwrap();
+        assert_eq!(verified(&History::open(dir.path()).unwrap()).entries, 4);
     }
 
     #[test]
@@ -295,7 +346,7 @@ mod tests {
             let lines =
                 std::fs::read_to_string(&path).unwrap().lines().map(|line| format!("{line}\n")).collect();
             std::fs::write(&path, tamper(lines).concat()).unwrap();
-            let verification = history.verify().unwrap();
+            let verification = verified(&history);
             assert!(!verification.intact);
             assert!(verification.broken.as_ref().unwrap().contains(named), "{verification:?}");
         }

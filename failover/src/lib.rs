@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod decide;
+pub mod explain;
 pub mod hands;
 pub mod history;
 pub mod lsn;

@@ -1,9 +1,9 @@
 //! One change of the primary: its steps as data, and how they are carried out.
 //!
-//! Every completed step is durable before the next begins. Until [`Step::Decide`] nothing has happened that cannot be
-//! undone, and an operation found in the journal there is abandoned; from there on it is always finished, since the
-//! target may have been promoted and may have acknowledged. Nothing here waits for the old primary unless it is
-//! known to live.
+//! Every completed step is durable before the next begins, but for the fence, which becomes so with the decision. Until
+//! [`Step::Decide`] nothing has happened that cannot be undone, and an operation found in the journal there is
+//! abandoned; from there on it is always finished, since the target may have been promoted and may have
+//! acknowledged. Nothing here waits for the old primary unless it is known to live.
 
 mod steps;
 
@@ -109,9 +109,12 @@ pub struct Request {
     /// Timeline and last acknowledged marker of the source, as last seen.
     pub timeline: u32,
     pub marker: u64,
-    pub bytes_at_risk: u64,
+    /// None: not known.
+    pub bytes_at_risk: Option<u64>,
     /// See [`Order::Stand`].
     pub guard: bool,
+    /// Commits wait for a second copy, even when nobody is there to hold it.
+    pub two_copies: bool,
 }
 
 /// In the journal while under way, in the history afterwards.
@@ -137,8 +140,14 @@ pub struct Operation {
     pub timeline_after: u32,
     pub source_lsn: Option<Lsn>,
     pub target_lsn: Option<Lsn>,
-    pub bytes_at_risk: u64,
+    /// Of WAL that the target may lack. None: not known.
+    pub bytes_at_risk: Option<u64>,
     pub guard: bool,
+    #[serde(default)]
+    pub two_copies: bool,
+    /// Somebody was to be waited for when it began: the order of the steps goes by it.
+    #[serde(default)]
+    pub waits: bool,
     pub marker_before: u64,
     pub marker_after: u64,
     /// From the moment the source was known to be down, or was asked to stop, until the first commit on the target.
@@ -168,6 +177,8 @@ impl Operation {
             completed: Step::Journal,
             steps: Vec::new(),
             sync_set_before: state.sync_set.clone(),
+            waits: !request.wait_for.is_empty(),
+            two_copies: request.two_copies,
             wait_for_after: request.wait_for,
             standbys: request.standbys,
             addresses: request.addresses,
@@ -247,7 +258,7 @@ async fn carry_on<H: Hands>(
     mut operation: Operation,
     since: Instant,
 ) -> anyhow::Result<(Operation, Option<Failure>)> {
-    let steps = plan(operation.kind, !operation.wait_for_after.is_empty());
+    let steps = plan(operation.kind, operation.waits);
     let at = steps.iter().position(|step| *step == operation.completed).map_or(0, |at| at + 1);
     let mut since = since;
     for step in steps.into_iter().skip(at) {
@@ -264,10 +275,14 @@ async fn carry_on<H: Hands>(
                 operation.record(step.name(), started, "done", detail);
                 operation.completed = step;
                 if step == Step::Decide {
-                    state.hand_over(&operation.target, operation.wait_for_after.clone());
+                    let above = operation.timeline_before;
+                    state.hand_over(&operation.target, operation.wait_for_after.clone(), above);
                 }
                 state.operation = Some(operation.clone());
-                hands.save(state)?;
+                // The decision follows at once and is made durable with it; until then both are undone alike.
+                if step != Step::Fence {
+                    hands.save(state)?;
+                }
                 hands.passed(step.name());
             }
             Err(error) => {

@@ -63,9 +63,18 @@ impl Rejoin {
 pub enum Order {
     /// Run as primary: start when stopped, promote when in recovery. `wait_for` are the standbys each commit waits
     /// for, in force before the first commit; `slots` are the standbys that will stream.
-    Lead { wait_for: BTreeSet<Node>, slots: BTreeSet<Node> },
+    /// Timelines up to `above` are another node's: a promotion leads to a higher one.
+    Lead {
+        wait_for: BTreeSet<Node>,
+        slots: BTreeSet<Node>,
+        #[serde(default)]
+        above: u32,
+    },
     /// Run as a standby of `upstream`. `guard`: should it ever lead, its commits wait until it is told for whom.
     Stand { upstream: Upstream, how: Rejoin, guard: bool },
+    /// Start a stopped node as a standby of nobody, so that what it has can be seen. Data that was a primary's is never
+    /// made to follow anybody afterwards without a rewind or a clone.
+    Wake { guard: bool },
     /// Stop receiving WAL, and do not start again by itself. Answers with the last position received.
     Detach,
     /// Stop the postmaster and everything below it.
@@ -81,11 +90,18 @@ pub enum Order {
 }
 
 impl Order {
+    /// It starts, stops or configures Postgres: a newer one overtakes an older one.
+    #[must_use]
+    pub fn changes_role(&self) -> bool {
+        !matches!(self, Self::Checkpoint | Self::ConfirmSync { .. } | Self::Mark { .. })
+    }
+
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
             Self::Lead { .. } => "lead",
             Self::Stand { .. } => "stand",
+            Self::Wake { .. } => "wake",
             Self::Detach => "detach",
             Self::Halt { .. } => "halt",
             Self::WaitFor { .. } => "wait_for",
@@ -197,9 +213,19 @@ pub struct NodeStatus {
     pub control: Option<Control>,
     /// Number of the last marker row acknowledged by this node as primary (one is written several times a second).
     pub marker: u64,
+    /// Its data was a primary's and was started as a standby as it was: it may have commits that no other node has.
+    #[serde(default)]
+    pub estranged: bool,
 }
 
 impl NodeStatus {
+    /// The highest timeline that is known of it; 0 when none is.
+    #[must_use]
+    pub fn timeline(&self) -> u32 {
+        let sampled = self.sample.as_ref().map_or(0, |sample| sample.timeline);
+        sampled.max(self.control.as_ref().map_or(0, |control| control.timeline))
+    }
+
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.postmaster == Postmaster::Running

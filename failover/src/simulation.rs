@@ -19,8 +19,9 @@ use tokio::time::Instant;
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
 use crate::operation::{self, Kind, Operation, Request};
+use crate::orchestrator::checks::{self, Question};
 use crate::protocol::{Node, NodeStatus, Order, Rejoin};
-use crate::state::{Copies, State};
+use crate::state::{Copies, Mode, State};
 use crate::upkeep;
 use crate::view::{Condition, Policy, View};
 use world::{World, address, name};
@@ -92,6 +93,10 @@ struct Run {
     failed: BTreeMap<Node, Rejoin>,
     now: Duration,
     changes: u32,
+    /// Forced by the operator, after a disk had died.
+    forced: u32,
+    /// Whether disks die.
+    disasters: bool,
 }
 
 impl Run {
@@ -106,6 +111,8 @@ impl Run {
             failed: BTreeMap::new(),
             now: Duration::from_secs(100),
             changes: 0,
+            forced: 0,
+            disasters: false,
         }
     }
 
@@ -130,6 +137,14 @@ impl Run {
                 action = Action::Nothing;
                 self.switch_over(&view).await;
             }
+            let (chance, mode) =
+                if self.state.mode == Mode::Auto { (0.02, Mode::Paused) } else { (0.2, Mode::Auto) };
+            if self.world(|world| world.random.random_bool(chance)) {
+                self.state.mode = mode;
+            }
+            if self.disasters && self.world(|world| world.random.random_bool(0.02)) {
+                self.world(World::disk_dies);
+            }
         }
         if self.act(action).await.is_err() {
             self.reincarnate();
@@ -141,6 +156,39 @@ impl Run {
         let alive = view.condition(&self.state.primary, self.now, &self.rules.policy) == Condition::Alive;
         let Some(target) = target.filter(|_| alive) else { return };
         if self.change(Kind::Planned, target).await.is_err() {
+            self.reincarnate();
+        }
+    }
+
+    /// The operator, when the primary's data is gone: the node with the most, as soon as it may be promoted.
+    async fn force(&mut self) {
+        let gone = self.world(|world| !world.machines[&self.state.primary].data);
+        if !gone || self.state.operation.is_some() {
+            return;
+        }
+        let view = self.world(|world| world.view(self.now, &self.failed));
+        let mut judged: Vec<_> = self
+            .rules
+            .addresses
+            .keys()
+            .filter_map(|node| {
+                let question = Question {
+                    target: node.clone(),
+                    allow_data_loss: true,
+                    while_paused: true,
+                    ..Question::default()
+                };
+                let verdict = checks::judge(&question, &self.state, &view, &self.rules, self.now);
+                Some((view.node(node)?.lsn(), node.clone(), verdict.outcome.ok()?))
+            })
+            .collect();
+        judged.sort_by_key(|(lsn, node, _)| (*lsn, node.clone()));
+        let Some((_, target, kind)) = judged.pop() else { return };
+        if kind == Kind::Forced {
+            self.world(|world| world.accept_loss(&target));
+            self.forced += 1;
+        }
+        if self.change(kind, target).await.is_err() {
             self.reincarnate();
         }
     }
@@ -170,10 +218,11 @@ impl Run {
             wait_for,
             standbys: others,
             addresses: self.rules.addresses.clone(),
-            timeline: 0,
+            timeline: self.world(|world| world.view(self.now, &self.failed)).timeline(self.state.above),
             marker: 0,
-            bytes_at_risk: 0,
+            bytes_at_risk: Some(0),
             guard: false,
+            two_copies: self.rules.copies == Copies::TwoCopies,
         };
         let (operation, failure) =
             operation::begin(&self.hands, &mut self.state, request, Instant::now()).await?;
@@ -224,16 +273,20 @@ impl Run {
     }
 }
 
-fn simulate(nodes: u16, seed: u64, copies: Copies, turns: u32) -> u32 {
+fn simulate(nodes: u16, seed: u64, copies: Copies, turns: u32, disasters: bool) -> (u32, u32) {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let mut run = Run::new(nodes, seed, copies);
+        run.disasters = disasters;
         for _ in 0..turns {
             if run.world(|world| world.random.random_bool(0.1)) {
                 run.world(|world| world.saves_left = world.random.random_range(0..10));
             }
             run.turn(true).await;
+            if disasters {
+                run.force().await;
+            }
         }
         // Peace: everything comes back, nothing gets lost any more; the cluster becomes whole by itself.
         run.world(|world| {
@@ -245,8 +298,12 @@ fn simulate(nodes: u16, seed: u64, copies: Copies, turns: u32) -> u32 {
             }
             world.late.clear();
         });
+        run.state.mode = Mode::Auto;
         for _ in 0..200 {
             run.turn(false).await;
+            if disasters {
+                run.force().await;
+            }
             run.world(|world| {
                 for machine in world.machines.values_mut() {
                     (machine.powered, machine.reachable, machine.frozen) = (true, true, false);
@@ -257,7 +314,7 @@ fn simulate(nodes: u16, seed: u64, copies: Copies, turns: u32) -> u32 {
             }
         }
         assert!(whole(&run), "not whole: {:#?} {:#?}", run.state, run.world(|world| world.machines.clone()));
-        run.changes
+        (run.changes, run.forced)
     })
 }
 
@@ -277,13 +334,21 @@ proptest! {
     #[test]
     fn one_primary_acknowledges_and_nothing_is_lost(seed: u64, three: bool, two_copies: bool) {
         let copies = if two_copies { Copies::TwoCopies } else { Copies::Available };
-        simulate(if three { 3 } else { 2 }, seed, copies, 150);
+        simulate(if three { 3 } else { 2 }, seed, copies, 150, false);
+    }
+
+    /// Disks die too, and an operator accepts the loss: what is left leads, and the cluster is whole again.
+    #[test]
+    fn after_a_disk_has_died_what_is_left_can_lead(seed: u64, three: bool) {
+        simulate(if three { 3 } else { 2 }, seed, Copies::Available, 150, true);
     }
 }
 
 /// The runs above would prove nothing if no failover ever succeeded in them.
 #[test]
 fn the_simulation_does_fail_over() {
-    let changes: u32 = (0..20).map(|seed| simulate(2, seed, Copies::Available, 400)).sum();
+    let changes: u32 = (0..20).map(|seed| simulate(2, seed, Copies::Available, 400, false).0).sum();
     assert!(changes > 40, "{changes} changes of the primary in 20 runs");
+    let forced: u32 = (0..20).map(|seed| simulate(2, seed, Copies::Available, 400, true).1).sum();
+    assert!(forced > 10, "{forced} forced in 20 runs");
 }

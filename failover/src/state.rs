@@ -21,7 +21,8 @@ pub const FORMAT: u32 = 1;
 pub enum Mode {
     /// Fails over, degrades and rejoins by itself.
     Auto,
-    /// Watches only. An operation that was under way is still finished.
+    /// Starts, stops, promotes and rewrites no node by itself, but for a second writable one, which is stopped. Whom
+    /// commits wait for is still kept true: a standby that dies is given up. An operation under way is finished.
     Paused,
 }
 
@@ -60,6 +61,9 @@ pub struct State {
     pub sync_set: BTreeSet<Node>,
     /// Standbys the primary is told to wait for, all of them.
     pub wait_for: BTreeSet<Node>,
+    /// Timelines up to this one are of earlier primaries: the primary's is above, and so is every promotion's.
+    #[serde(default)]
+    pub above: u32,
     pub mode: Mode,
     pub operation: Option<Operation>,
     #[serde(default)]
@@ -83,6 +87,7 @@ impl State {
             system_id,
             sync_set: BTreeSet::new(),
             wait_for,
+            above: 0,
             mode: Mode::Auto,
             operation: None,
             answered: Vec::new(),
@@ -111,8 +116,9 @@ impl State {
     }
 
     /// The point of no return: from here on `target` is the primary, nobody else is known to have what it will
-    /// acknowledge, and it acknowledges when `wait_for` have it.
-    pub fn hand_over(&mut self, target: &str, wait_for: BTreeSet<Node>) {
+    /// acknowledge, and it acknowledges when `wait_for` have it. It leads on a timeline above `above`.
+    pub fn hand_over(&mut self, target: &str, wait_for: BTreeSet<Node>, above: u32) {
+        self.above = self.above.max(above);
         target.clone_into(&mut self.primary);
         self.sync_set = BTreeSet::new();
         self.wait_for = wait_for;

@@ -34,9 +34,14 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
     let primary = || state.primary.clone();
     match action {
         Action::Lead { node, .. } => {
-            let order = Order::Lead { wait_for: state.wait_for.clone(), slots: slots(rules, node) };
+            let order = Order::Lead {
+                wait_for: state.wait_for.clone(),
+                slots: slots(rules, node),
+                above: state.above,
+            };
             Some((node.clone(), order, LONG))
         }
+        Action::Wake { node } => Some((node.clone(), Order::Wake { guard: rules.guards() }, LONG)),
         // Its names are left alone: emptying them would release commits that nobody else has.
         Action::HaltStray { node } => Some((node.clone(), Order::Halt { how: Stop::Immediate }, SWIFT)),
         Action::WaitFor | Action::Shrink { .. } | Action::Widen { .. } => {

@@ -218,6 +218,13 @@ impl View {
         }
     }
 
+    /// The highest timeline that anybody is known to be on, or that the primary must be on.
+    #[must_use]
+    pub fn timeline(&self, above: u32) -> u32 {
+        let statuses = self.nodes.values().filter_map(|seen| seen.status.as_ref());
+        statuses.map(NodeStatus::timeline).max().unwrap_or(0).max(above + 1)
+    }
+
     /// Members of `set` that could be promoted now, the one with the most WAL first.
     #[must_use]
     pub fn candidates<'a>(

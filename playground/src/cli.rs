@@ -93,9 +93,13 @@ Example:
     /// Measure how long nobody can write when a region is lost, beside what Postgres itself needs
     #[command(
         after_help = "Starts its own servers on free ports; nothing of `up` is touched. About eight minutes with the defaults.
+Promised: median write gap at most 1 s planned, 0.25 s postmaster killed, 0.5 s node killed, 1.5 s node frozen; Redis within
+5 s; every operation in less than 5 s; nothing lost, nothing stored twice. Each that is not kept is one line, NOT KEPT ..
+Exit status: 0 all kept, or --no-bounds; 1 not kept, or the run failed.
 Examples:
   tier0 bench-failover
-  tier0 bench-failover --only postmaster_kill --only floor --rounds 20"
+  tier0 bench-failover --only postmaster_kill --only floor --rounds 20
+  tier0 bench-failover --rounds 1 --rate 1000 --no-bounds"
     )]
     BenchFailover(bench::failover::FailoverBenchArgs),
     /// Break things on purpose under load and check that nothing is lost
@@ -200,7 +204,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchGrowth(args) => bench::growth::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
-            Command::BenchFailover(args) => bench::failover::run(args).await.map(|()| ExitCode::SUCCESS),
+            Command::BenchFailover(args) => bench::failover::run(args).await,
             Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,

@@ -19,6 +19,8 @@ use crate::agent::orders::Orders;
 use crate::protocol::{Command, NodeStatus, Problem};
 use crate::token;
 
+/// Where callers find what they may ask.
+pub const SEE: &str = "agents speak with the orchestrator of their own version only; people ask the orchestrator, see its GET /openapi.json";
 /// An order is a few hundred bytes.
 const MAX_BODY: usize = 16 << 10;
 /// One orchestrator asks; more at once is a mistake or an attack.

@@ -9,7 +9,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use nix::unistd::{Gid, Uid, User, chown, geteuid};
 
 use crate::agent::settings::RegionAgent;
@@ -17,6 +17,11 @@ use crate::protocol::{Node, Upstream};
 
 /// In `synchronous_standby_names` of a guarded standby: nobody bears this name, so nothing is acknowledged.
 pub const GUARD: &str = "tier0_guard";
+/// Content of a timeline's history file that only takes its number: no timeline descends from nothing, so Postgres
+/// follows none of these, but the next promotion here gets a higher number.
+const TAKEN: &str = "# taken by a timeline of another node (tier0)\n";
+/// More than this is no history of failovers but a mistake.
+const MOST_TAKEN: u32 = 1000;
 const OURS: [&str; 3] = ["primary_conninfo", "primary_slot_name", "synchronous_standby_names"];
 
 /// Writes as the account Postgres runs as.
@@ -83,7 +88,8 @@ impl Conf {
         for (key, value) in OURS.into_iter().zip(values).take(kept) {
             text.push_str(&format!("{key} = '{}'\n", value.replace('\'', "''")));
         }
-        self.replace(&path, text.as_bytes())
+        // As it is it was flushed by whoever wrote it. A promotion writes what the detaching before it wrote: two flushes less.
+        if text == before { Ok(()) } else { self.replace(&path, text.as_bytes()) }
     }
 
     /// Whether the next start is as a standby.
@@ -120,6 +126,44 @@ impl Conf {
             self.passfile.display(),
             self.node,
         )
+    }
+
+    /// Makes sure that the next promotion, from timeline `own`, leads to one above `above`: another node has used the
+    /// numbers in between for a history that is not here, and two histories under one number could not be told apart,
+    /// neither by Postgres and `pg_rewind` nor by writers.
+    ///
+    /// # Errors
+    /// When a file cannot be written, or so many are wanted that something must be wrong.
+    pub fn take_timelines(&self, own: u32, above: u32) -> anyhow::Result<()> {
+        ensure!(above.saturating_sub(own) <= MOST_TAKEN, "from timeline {own} to {above} is too far");
+        for timeline in (own + 1..=above).filter(|timeline| *timeline > 1) {
+            let path = self.data.join("pg_wal").join(format!("{timeline:08X}.history"));
+            if !path.exists() {
+                self.replace(&path, TAKEN.as_bytes())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Before a start: a standby on timeline `own` would take a number above it for its target, and give up.
+    ///
+    /// # Errors
+    /// When a file cannot be removed.
+    pub fn free_timelines(&self, own: u32) -> anyhow::Result<()> {
+        let dir = self.data.join("pg_wal");
+        for entry in std::fs::read_dir(&dir).with_context(|| format!("list {}", dir.display()))? {
+            let path = entry.context("list pg_wal")?.path();
+            let number = path
+                .file_name()
+                .and_then(|name| name.to_str()?.strip_suffix(".history"))
+                .and_then(|number| u32::from_str_radix(number, 16).ok());
+            if number.is_some_and(|number| number > own)
+                && std::fs::read(&path).is_ok_and(|content| content == TAKEN.as_bytes())
+            {
+                std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes the data directory empty, for a new base backup.
@@ -200,23 +244,52 @@ mod tests {
         }
     }
 
+    fn conf(data: &Path) -> Conf {
+        std::fs::create_dir(data).unwrap();
+        let settings = RegionAgent {
+            data: data.to_owned(),
+            replication_password: Secret::new("p:w"),
+            account: User::from_uid(geteuid()).unwrap().unwrap().name,
+            ..RegionAgent::default()
+        };
+        Conf::new(&settings).unwrap()
+    }
+
+    #[test]
+    fn numbers_of_timelines_are_taken_and_freed() {
+        let dir = tempfile::tempdir().unwrap();
+        let conf = conf(&dir.path().join("data"));
+        let wal = dir.path().join("data/pg_wal");
+        std::fs::create_dir(&wal).unwrap();
+        std::fs::write(wal.join("00000003.history"), "1\t0/3000000\tno recovery target specified\n").unwrap();
+        let there = || {
+            let mut names: Vec<String> = std::fs::read_dir(&wal)
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        conf.take_timelines(1, 1).unwrap();
+        assert_eq!(there(), ["00000003.history"], "an ordinary failover takes none");
+        conf.take_timelines(1, 4).unwrap();
+        assert_eq!(there(), ["00000002.history", "00000003.history", "00000004.history"]);
+        conf.free_timelines(2).unwrap();
+        assert_eq!(there(), ["00000002.history", "00000003.history"], "only ours, only above its own");
+        assert!(std::fs::read_to_string(wal.join("00000003.history")).unwrap().starts_with("1\t"));
+        assert!(conf.take_timelines(1, 1_000_000).is_err());
+    }
+
     #[test]
     fn foreign_settings_stay() {
         let dir = tempfile::tempdir().unwrap();
         let data = dir.path().join("data");
-        std::fs::create_dir(&data).unwrap();
+        let conf = conf(&data);
         std::fs::write(
             data.join("postgresql.auto.conf"),
             "# Do not edit\nwork_mem = '1GB'\nprimary_conninfo = 'host=old'\n",
         )
         .unwrap();
-        let settings = RegionAgent {
-            data: data.clone(),
-            replication_password: Secret::new("p:w"),
-            account: User::from_uid(geteuid()).unwrap().unwrap().name,
-            ..RegionAgent::default()
-        };
-        let conf = Conf::new(&settings).unwrap();
         let upstream = Upstream { host: "h".into(), port: 7 };
         conf.write(Some(&upstream), Some("FIRST 1 (\"region2\")")).unwrap();
         conf.write(None, None).unwrap();

@@ -32,6 +32,8 @@ struct Durable {
     epoch: u64,
     /// A tool has begun to rewrite the data and has not been seen to end well: it must not be started.
     rebuilding: Option<Rejoin>,
+    /// See [`crate::protocol::NodeStatus::estranged`].
+    estranged: bool,
 }
 
 /// The node.
@@ -61,6 +63,7 @@ impl Postgres {
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
         let shared = Arc::new(Shared::new(&settings.node, boot, durable.epoch));
+        shared.change(|status| status.estranged = durable.estranged);
         Ok(Self {
             settings: settings.clone(),
             conf: Conf::new(settings)?,
@@ -95,9 +98,11 @@ impl Postgres {
         Ok(())
     }
 
+    /// Accepts an order of this epoch and does `then` in the same step: none of another epoch comes in between.
+    ///
     /// # Errors
     /// `old_epoch` when a higher one was accepted, or when it cannot be made durable.
-    pub fn accept(&self, epoch: u64) -> Result<(), Refusal> {
+    pub fn accept<T>(&self, epoch: u64, then: impl FnOnce() -> T) -> Result<T, Refusal> {
         let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
         if epoch < durable.epoch {
             return Err(Refusal::new("old_epoch", format!("epoch {epoch} is over; {} holds", durable.epoch)));
@@ -108,7 +113,7 @@ impl Postgres {
             *durable = next;
             self.shared.change(|status| status.epoch = epoch);
         }
-        Ok(())
+        Ok(then())
     }
 
     fn save(&self, durable: &Durable) -> anyhow::Result<()> {
@@ -119,11 +124,24 @@ impl Postgres {
         )
     }
 
-    fn set_rebuilding(&self, rebuilding: Option<Rejoin>) -> anyhow::Result<()> {
+    fn remember(&self, change: impl FnOnce(&mut Durable)) -> anyhow::Result<()> {
         let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = Durable { rebuilding, ..durable.clone() };
+        let mut next = durable.clone();
+        change(&mut next);
         self.save(&next)?;
         *durable = next;
+        Ok(())
+    }
+
+    /// Says whether the data may have what the primary has not, see [`crate::protocol::NodeStatus::estranged`].
+    ///
+    /// # Errors
+    /// When it cannot be made durable.
+    pub fn set_estranged(&self, estranged: bool) -> anyhow::Result<()> {
+        if self.shared.status().estranged != estranged {
+            self.remember(|durable| durable.estranged = estranged)?;
+            self.shared.change(|status| status.estranged = estranged);
+        }
         Ok(())
     }
 
@@ -161,16 +179,26 @@ impl Postgres {
         Ok(())
     }
 
-    /// Starts the postmaster and returns; the first sample says when it answers.
+    /// Starts the stopped node as a standby and returns; the first sample says when it answers. The caller has swept
+    /// what an earlier postmaster left.
     ///
     /// # Errors
-    /// When it runs already, its data is half rebuilt, or something of it is still there.
-    pub async fn start(&self) -> Result<(), Refusal> {
+    /// When its data is half rebuilt, or it cannot be started.
+    pub async fn start_as_standby(&self, control: Option<&Control>) -> Result<(), Refusal> {
+        self.conf.mark_standby(true)?;
+        self.start_as_it_is(control).await
+    }
+
+    /// The same in the role that its data has.
+    ///
+    /// # Errors
+    /// As [`Postgres::start_as_standby`].
+    pub async fn start_as_it_is(&self, control: Option<&Control>) -> Result<(), Refusal> {
         if let Some(how) = self.half_built() {
             let message = format!("a {how:?} of its data was interrupted; only a clone helps");
             return Err(Refusal::new("half_built", message));
         }
-        procs::sweep(&self.settings.data).await?;
+        self.conf.free_timelines(control.map_or(0, |control| control.timeline))?;
         let log = OpenOptions::new()
             .create(true)
             .append(true)
@@ -240,33 +268,49 @@ impl Postgres {
         send(*self.pid.lock().unwrap_or_else(PoisonError::into_inner), signal)
     }
 
-    /// Rewrites the data of a stopped node from `upstream`; the role has to be written anew afterwards.
-    ///
-    /// # Errors
-    /// When the tool fails: the data must then not be started.
-    pub async fn rebuild(&self, how: Rejoin, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
-        self.set_rebuilding(Some(how))?;
-        self.shared.postmaster(Postmaster::Rebuilding { how }, None);
-        let result = match how {
-            Rejoin::Follow => Ok(()),
-            Rejoin::Rewind => self.rewind(upstream, limit).await,
-            Rejoin::Clone => self.clone_from(upstream, limit).await,
-        };
-        if result.is_err() {
-            self.shared.postmaster(
-                Postmaster::Stopped { exit: Some(format!("{how:?} failed")), clean: false, settled: true },
-                None,
-            );
-        }
-        result
-    }
-
-    /// After the role was written: the data may be started again.
+    /// Until [`Postgres::rebuild`] is through the data is not to be started.
     ///
     /// # Errors
     /// When it cannot be made durable.
-    pub fn rebuilt(&self) -> anyhow::Result<()> {
-        self.set_rebuilding(None)
+    pub fn begin_rebuild(&self, how: Rejoin) -> anyhow::Result<()> {
+        self.remember(|durable| durable.rebuilding = Some(how))?;
+        self.shared.postmaster(Postmaster::Rebuilding { how }, None);
+        Ok(())
+    }
+
+    /// Rewrites the data of a stopped node from `upstream`, and its role: the next start is as a standby of it. Ends
+    /// stopped, whatever was ordered meanwhile.
+    ///
+    /// # Errors
+    /// When the tool fails: the data must then not be started.
+    pub async fn rebuild(
+        &self,
+        how: Rejoin,
+        upstream: &Upstream,
+        names: &BTreeSet<Node>,
+        limit: Duration,
+    ) -> anyhow::Result<()> {
+        let rewritten = async {
+            match how {
+                Rejoin::Follow => {}
+                Rejoin::Rewind => self.rewind(upstream, limit).await?,
+                Rejoin::Clone => self.clone_from(upstream, limit).await?,
+            }
+            // The tools bring the primary's own role along.
+            self.configure(Some(upstream), Some(names))?;
+            self.conf.mark_standby(true)?;
+            self.remember(|durable| (durable.rebuilding, durable.estranged) = (None, false))?;
+            self.shared.change(|status| status.estranged = false);
+            // A clone may be the first data this node has ever had: without its system id it could not be promoted.
+            self.control().await
+        };
+        let result = rewritten.await;
+        let outcome = if result.is_ok() { "done" } else { "failed" };
+        self.shared.postmaster(
+            Postmaster::Stopped { exit: Some(format!("{how:?} {outcome}")), clean: false, settled: true },
+            result.as_ref().ok().cloned().flatten(),
+        );
+        result.map(drop)
     }
 
     /// What the control file of the stopped node says; none when there is no data. Notes the system id.

@@ -37,6 +37,7 @@ impl Shared {
             sample: None,
             control: None,
             marker: 0,
+            estranged: false,
         };
         let inner = Inner { status, sampled: Instant::now(), life: 0 };
         Self { inner: Mutex::new(inner), changed: watch::Sender::new(1) }

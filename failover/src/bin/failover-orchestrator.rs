@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use clap::Parser;
+use failover::explain::explained;
 use failover::history::History;
 use failover::orchestrator::api::{self, Api, Bucket};
 use failover::orchestrator::engine::Engine;
@@ -133,6 +134,7 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
         places: api::places(),
         bucket: Bucket::new(own.max_requests_per_minute),
     };
-    process.serve(listener, http::routes(registry, health).merge(api::routes(Arc::new(api))));
+    let routes = http::routes(registry, health).merge(api::routes(Arc::new(api)));
+    process.serve(listener, explained(routes, api::SEE));
     process.run(own.grace).await
 }

@@ -11,8 +11,8 @@ use failover::agent::node::Postgres;
 use failover::agent::orders::Orders;
 use failover::agent::sampler;
 use failover::agent::settings::AgentSettings;
+use failover::explain::explained;
 use failover::priority;
-use failover::protocol::Stop;
 use service::health::Health;
 use service::process::Process;
 use service::settings::SettingsArgs;
@@ -65,7 +65,8 @@ async fn run(settings: AgentSettings) -> anyhow::Result<()> {
     let ready = Arc::new(Ready::new(local.clone(), shared.clone()));
     let orders = Orders::new(node, local.clone(), ready.clone());
     let api = Arc::new(Api::new(orders, agent.token.clone(), tasks, Metrics::new(&registry)?));
-    process.serve(listener, http::routes(registry, health.clone()).merge(api::routes(api.clone())));
+    let routes = http::routes(registry, health.clone()).merge(api::routes(api.clone()));
+    process.serve(listener, explained(routes, api::SEE));
     let shutdown = process.shutdown();
     let sampling =
         sampler::sample(shared.clone(), local.clone(), ready, agent.sample_every, shutdown.clone());
@@ -82,7 +83,7 @@ async fn run(settings: AgentSettings) -> anyhow::Result<()> {
     let grace = agent.grace;
     process.start("postgres", async move {
         shutdown.cancelled().await;
-        api.orders.halt(Stop::Fast, Instant::now() + grace).await?;
+        api.orders.end(Instant::now() + grace).await?;
         Ok(())
     });
     process.run(grace * 2).await

@@ -5,8 +5,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::{Either, join_all, select};
-use tokio::time::Instant;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Kind, Operation, Step};
 use crate::hands::{Hands, OrderError};
@@ -22,11 +24,14 @@ const CHECKPOINT: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(10);
 /// To bring the decided target into office.
 const PROMOTE: Duration = Duration::from_secs(30);
+/// The fence holds once one member of the sync set is detached. Others that answer within this time are kept; writers
+/// do not wait for one that hangs.
+const GRACE: Duration = Duration::from_millis(250);
 const RETRY: Duration = Duration::from_millis(20);
 
 pub(super) async fn carry_out<H: Hands>(
     hands: &H,
-    state: &State,
+    state: &mut State,
     operation: &mut Operation,
     step: Step,
 ) -> Result<String, String> {
@@ -44,7 +49,7 @@ pub(super) async fn carry_out<H: Hands>(
         Step::Fence => fence(hands, epoch, operation).await,
         Step::Decide => Ok(format!("{} is the primary of record", operation.target)),
         Step::Promote => promote(hands, epoch, operation).await,
-        Step::Repoint => repoint(hands, epoch, operation).await,
+        Step::Repoint => repoint(hands, state, operation).await,
         Step::Mark => {
             let order = || Order::Mark { epoch: operation.epoch };
             let status = insist(hands, &operation.target, epoch, order).await?;
@@ -66,7 +71,7 @@ async fn stop_source<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation)
     let control = status.control.filter(|control| control.state == "shut down" && !control.standby);
     let Some(control) = control else { return Err(format!("{source} did not shut down cleanly")) };
     operation.source_lsn = Some(control.checkpoint);
-    operation.timeline_before = control.timeline;
+    operation.timeline_before = operation.timeline_before.max(control.timeline);
     operation.marker_before = operation.marker_before.max(status.marker);
     let target = operation.target.clone();
     let status = hands.order(&target, epoch, Order::Detach, SWIFT).await.map_err(text)?;
@@ -85,12 +90,7 @@ async fn stop_source<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation)
 async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
     let forced = operation.kind == Kind::Forced;
     let halt = hands.order(&operation.source, epoch, Order::Halt { how: Stop::Immediate }, SWIFT);
-    let detach = join_all(
-        operation
-            .standbys
-            .iter()
-            .map(|node| async move { (node.clone(), hands.order(node, epoch, Order::Detach, SWIFT).await) }),
-    );
+    let detach = detach(hands, epoch, operation);
     // The source is asked to stop too, and not waited for: its standbys' word is enough.
     let (detached, halted) = match select(Box::pin(detach), Box::pin(halt)).await {
         Either::Left((detached, halt)) if forced => (detached, Some(halt.await)),
@@ -112,25 +112,22 @@ async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Re
     let best = reached
         .iter()
         .filter(|(node, _)| operation.sync_set_before.contains(*node))
-        .max_by_key(|(node, lsn)| (**node == operation.target, **lsn));
-    match (best, forced) {
-        (Some((node, lsn)), false) => {
-            operation.target_lsn = Some(*lsn);
-            if *node != operation.target && operation.wait_for_after.remove(node) {
-                operation.wait_for_after.insert(operation.target.clone());
-            }
-            operation.target.clone_from(node);
-        }
+        .max_by_key(|(node, lsn)| (**node == operation.target, **lsn))
+        .map(|(node, lsn)| (node.clone(), *lsn));
+    let chosen = match (&best, forced) {
+        (Some(best), false) => best.clone(),
         (None, false) => {
             return Err(format!("no member of the sync set could be detached: {}", problems.join("; ")));
         }
         (_, true) => match reached.get(&operation.target) {
-            Some(lsn) => operation.target_lsn = Some(*lsn),
+            Some(lsn) => (operation.target.clone(), *lsn),
             None => {
                 return Err(format!("{} could not be detached: {}", operation.target, problems.join("; ")));
             }
         },
-    }
+    };
+    operation.target_lsn = Some(chosen.1);
+    keep(operation, &chosen.0, &reached);
     let held = if stopped {
         format!("{} is stopped", operation.source)
     } else if best.is_some() {
@@ -144,11 +141,63 @@ async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Re
     Ok(format!("{held}; {} has {}", operation.target, operation.target_lsn.unwrap_or_default()))
 }
 
+/// Orders all standbys to detach, at once. Ends when all have answered, or a moment after the fence holds.
+async fn detach<H: Hands>(
+    hands: &H,
+    epoch: u64,
+    operation: &Operation,
+) -> Vec<(Node, Result<NodeStatus, OrderError>)> {
+    let mut orders: FuturesUnordered<_> = operation
+        .standbys
+        .iter()
+        .map(|node| async move { (node.clone(), hands.order(node, epoch, Order::Detach, SWIFT).await) })
+        .collect();
+    let (mut answers, mut until) = (Vec::new(), None);
+    loop {
+        let answer = match until {
+            Some(until) => timeout_at(until, orders.next()).await.ok().flatten(),
+            None => orders.next().await,
+        };
+        let Some((node, answer)) = answer else { break };
+        let suffices = match operation.kind {
+            Kind::Forced => node == operation.target,
+            _ => operation.sync_set_before.contains(&node),
+        };
+        if suffices && answer.as_ref().is_ok_and(|status| received(status).is_some()) {
+            until = until.or(Some(Instant::now() + GRACE));
+        }
+        answers.push((node, answer));
+    }
+    let silent: Vec<Node> =
+        operation.standbys.iter().filter(|node| answers.iter().all(|(a, _)| a != *node)).cloned().collect();
+    answers.extend(silent.into_iter().map(|node| {
+        let reason = format!("not within {} ms of the others", millis(GRACE));
+        (node.clone(), Err(OrderError::Silent { node, reason }))
+    }));
+    answers
+}
+
+/// Goes on with `chosen` and the standbys that were reached. For the others the upkeep has better means; nobody waits for
+/// them, unless two copies are demanded and nobody else is left to hold the second.
+fn keep(operation: &mut Operation, chosen: &str, reached: &BTreeMap<Node, Lsn>) {
+    let before = std::mem::replace(&mut operation.target, chosen.to_owned());
+    let mut waits = operation.wait_for_after.clone();
+    if before != chosen && waits.remove(chosen) {
+        waits.insert(before);
+    }
+    let standbys = std::mem::take(&mut operation.standbys);
+    let (kept, lost): (BTreeSet<Node>, _) = standbys.into_iter().partition(|node| reached.contains_key(node));
+    let held: BTreeSet<Node> = waits.difference(&lost).cloned().collect();
+    operation.standbys = kept;
+    operation.wait_for_after = if held.is_empty() && operation.two_copies { waits } else { held };
+}
+
 async fn promote<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
     let target = operation.target.clone();
     let slots: BTreeSet<Node> = operation.addresses.keys().filter(|node| **node != target).cloned().collect();
     let wait_for = operation.wait_for_after.clone();
-    let order = || Order::Lead { wait_for: wait_for.clone(), slots: slots.clone() };
+    let above = operation.timeline_before;
+    let order = || Order::Lead { wait_for: wait_for.clone(), slots: slots.clone(), above };
     let status = insist(hands, &target, epoch, order).await?;
     let sample = status.sample.as_ref().filter(|_| status.is_writable());
     let Some(sample) = sample else { return Err(format!("{target} is not writable after its promotion")) };
@@ -163,26 +212,48 @@ async fn promote<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> 
 }
 
 /// Others, and in a planned operation the old primary, become standbys of the target. What does not succeed at once is
-/// left to the upkeep, which has better means.
-async fn repoint<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+/// left to the upkeep, which has better means; commits do not wait for it meanwhile.
+async fn repoint<H: Hands>(
+    hands: &H,
+    state: &mut State,
+    operation: &mut Operation,
+) -> Result<String, String> {
     let Some(upstream) = operation.addresses.get(&operation.target) else {
         return Err(format!("the address of {} is not known", operation.target));
     };
     let planned = (operation.kind == Kind::Planned).then_some(&operation.source);
     let nodes = operation.standbys.iter().filter(|node| **node != operation.target).chain(planned);
     let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
+    let epoch = state.epoch;
     let answers = join_all(nodes.map(|node| {
         let order = order.clone();
-        async move { (node, hands.order(node, epoch, order, SWIFT).await) }
+        async move { (node.clone(), hands.order(node, epoch, order, SWIFT).await) }
     }))
     .await;
-    let details: Vec<String> = answers
-        .into_iter()
-        .map(|(node, answer)| match answer {
-            Ok(_) => format!("{node} streams from {}", operation.target),
-            Err(error) => format!("{node} will be brought back by the upkeep ({error})"),
-        })
-        .collect();
+    let mut details = Vec::new();
+    let mut lost = Vec::new();
+    for (node, answer) in answers {
+        match answer {
+            Ok(_) => details.push(format!("{node} streams from {}", operation.target)),
+            Err(error) => {
+                details.push(format!("{node} will be brought back by the upkeep ({error})"));
+                lost.push(node);
+            }
+        }
+    }
+    lost.retain(|node| {
+        let last = operation.wait_for_after.len() == 1;
+        !(last && operation.two_copies) && operation.wait_for_after.remove(node)
+    });
+    if !lost.is_empty() {
+        lost.iter().for_each(|node| state.shrink(node));
+        state.operation = Some(operation.clone());
+        // Durable before the primary is told.
+        hands.save(state).map_err(|error| format!("{error:#}"))?;
+        let order = || Order::WaitFor { nodes: state.wait_for.clone() };
+        insist(hands, &operation.target, state.epoch, order).await?;
+        details.push(format!("commits do not wait for {}", lost.join(", ")));
+    }
     Ok(if details.is_empty() {
         format!("{} will rejoin by itself", operation.source)
     } else {
@@ -194,6 +265,7 @@ async fn validate<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) ->
     let order = || Order::Lead {
         wait_for: operation.wait_for_after.clone(),
         slots: operation.addresses.keys().filter(|node| **node != operation.target).cloned().collect(),
+        above: operation.timeline_before,
     };
     // Leading already, it only answers.
     let status = insist(hands, &operation.target, epoch, order).await?;
@@ -253,6 +325,7 @@ pub(super) async fn undo<H: Hands>(
     let lead = Order::Lead {
         wait_for: state.wait_for.clone(),
         slots: operation.addresses.keys().filter(|node| **node != operation.source).cloned().collect(),
+        above: state.above,
     };
     let mut details = Vec::new();
     match hands.order(&operation.source, state.epoch, lead, STOP).await {

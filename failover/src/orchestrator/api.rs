@@ -1,5 +1,7 @@
 //! The HTTP that people and scripts use; see the contract. Whatever changes something needs the token.
 
+mod plan;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,8 +22,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use crate::decide::Rules;
 use crate::history::History;
-use crate::operation::Kind;
-use crate::orchestrator::checks::{self, Check, Denied, Question};
+use crate::orchestrator::checks::{Denied, Question};
 use crate::orchestrator::engine::{self, Asked};
 use crate::orchestrator::metrics::Metrics;
 use crate::orchestrator::remote::Remote;
@@ -30,6 +31,10 @@ use crate::protocol::Problem;
 use crate::state::{Answered, Mode};
 use crate::token;
 
+pub use plan::Plan;
+
+/// Where callers find what they may ask.
+pub const SEE: &str = "GET /openapi.json says what each call takes";
 const MAX_BODY: usize = 4 << 10;
 const MAX_REQUESTS: usize = 64;
 const MAX_KEY: usize = 200;
@@ -87,7 +92,8 @@ pub fn routes(api: Arc<Api>) -> Router {
     let guarded = Router::new()
         .route("/failover/{region}", post(failover))
         .route("/mode", post(mode))
-        .layer(middleware::from_fn_with_state(api.clone(), admit));
+        // Of these routes only: what is not there is not there for anybody, and costs nobody's rate.
+        .route_layer(middleware::from_fn_with_state(api.clone(), admit));
     Router::new()
         .route("/status", get(status))
         .route("/history", get(history))
@@ -180,15 +186,26 @@ pub struct HistoryQuery {
 /// Every change of the primary, newest first.
 #[utoipa::path(get, path = "/history", params(HistoryQuery), responses((status = 200, body = HistoryReport)))]
 pub async fn history(State(api): State<Arc<Api>>, Query(query): Query<HistoryQuery>) -> Response {
-    let history = api.history.lock().unwrap_or_else(PoisonError::into_inner);
-    let limit = query.limit.unwrap_or(100).min(MAX_ENTRIES);
-    let failovers = history.entries().iter().rev().take(limit).map(report::report).collect();
-    let verification = match query.verify.then(|| history.verify()).transpose() {
-        Ok(verification) => verification,
-        Err(error) => {
-            return problem(500, "history_unreadable", format!("{error:#}"), serde_json::Value::Null);
-        }
+    let (failovers, verifier) = {
+        let history = api.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = query.limit.unwrap_or(100).min(MAX_ENTRIES);
+        let failovers = history.entries().iter().rev().take(limit).map(report::report).collect();
+        (failovers, query.verify.then(|| history.verifier()))
     };
+    let mut verification = None;
+    if let Some(verifier) = verifier {
+        // A long file: neither the engine, which appends to it, nor another request waits for its reader.
+        let written = api.history.clone();
+        let count = move || written.lock().unwrap_or_else(PoisonError::into_inner).entries().len() as u64;
+        let verified = tokio::task::spawn_blocking(move || verifier.verify(count)).await;
+        match verified.map_err(anyhow::Error::from).flatten() {
+            Ok(done) => verification = Some(done),
+            Err(error) => {
+                let message = format!("{error:#}; look at the file and its disk");
+                return problem(500, "history_unreadable", message, serde_json::Value::Null);
+            }
+        }
+    }
     Json(HistoryReport { failovers, verification }).into_response()
 }
 
@@ -205,25 +222,6 @@ pub struct FailoverQuery {
     while_paused: bool,
     /// Refuse unless this is the primary.
     expected_primary: Option<String>,
-}
-
-/// What would happen.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct Plan {
-    pub dry_run: bool,
-    /// Whether it would be carried out.
-    pub possible: bool,
-    pub kind: Option<Kind>,
-    pub source_region: String,
-    pub target_region: String,
-    pub plan: Vec<String>,
-    pub checks: Vec<Check>,
-    pub bytes_at_risk: u64,
-    /// Median of earlier ones of this kind, else what was measured in the lab.
-    pub estimated_ms: f64,
-    /// Copies of each commit right afterwards.
-    pub copies_after: usize,
-    pub refusal: Option<crate::protocol::ProblemBody>,
 }
 
 /// Makes a region the primary.
@@ -253,7 +251,7 @@ pub async fn failover(
         expected_primary: query.expected_primary,
     };
     if query.dry_run {
-        return plan(&api, &question);
+        return plan::plan(&api, &question);
     }
     let id = engine::new_id();
     let answered = match key(&headers, &question, &id) {
@@ -265,11 +263,13 @@ pub async fn failover(
     {
         return response;
     }
-    if api.under_way.swap(true, Ordering::SeqCst) {
+    // The second: its caller may have hung up.
+    let held = (!api.under_way.swap(true, Ordering::SeqCst)).then(|| Held(&api.under_way));
+    let busy = api.remote.state().is_some_and(|state| state.operation.is_some());
+    if held.is_none() || busy {
         let message = "another failover is under way; see GET /status";
         return problem(409, "under_way", message, serde_json::Value::Null);
     }
-    let _held = Held(&api.under_way);
     let actor = headers.get("x-actor").and_then(|value| value.to_str().ok()).unwrap_or("api");
     let actor: String = actor.chars().filter(|c| !c.is_control()).take(100).collect();
     let (reply, answer) = oneshot::channel();
@@ -297,53 +297,6 @@ fn done(report: &Report) -> Response {
 
 fn refuse(denied: &Denied) -> Response {
     problem(denied.status, denied.code, denied.message.clone(), serde_json::Value::Null)
-}
-
-fn plan(api: &Api, question: &Question) -> Response {
-    let Some(state) = api.remote.state() else {
-        return problem(503, "starting", "no primary is known yet; see GET /health", serde_json::Value::Null);
-    };
-    let (view, now) = (api.remote.watched.view(), api.remote.watched.now());
-    let verdict = checks::judge(question, &state, &view, &api.rules, now);
-    if let Err(denied) = &verdict.outcome
-        && denied.code == "unknown_region"
-    {
-        return refuse(denied);
-    }
-    let kind = verdict.outcome.as_ref().ok().copied();
-    let waits = checks::wait_for_after(&question.target, &state, &view, &api.rules, now);
-    let mut plan = engine::planned_steps(kind.unwrap_or(Kind::Planned), !waits.is_empty());
-    if api.redis.borrow().configured {
-        plan.push("redis".into());
-    }
-    let earlier: Vec<f64> = {
-        let history = api.history.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = history
-            .entries()
-            .iter()
-            .rev()
-            .filter(|entry| entry.success && Some(entry.operation.kind) == kind);
-        same.take(20).map(|entry| entry.total_duration_ms).collect()
-    };
-    Json(Plan {
-        dry_run: true,
-        possible: kind.is_some(),
-        kind,
-        source_region: state.primary.clone(),
-        target_region: question.target.clone(),
-        plan,
-        checks: verdict.checks,
-        bytes_at_risk: verdict.bytes_at_risk,
-        estimated_ms: median(earlier).unwrap_or(1500.0),
-        copies_after: waits.len() + 1,
-        refusal: verdict.outcome.err().map(|denied| Problem::new(denied.code, denied.message).error),
-    })
-    .into_response()
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }
 
 fn key(headers: &HeaderMap, question: &Question, id: &str) -> Result<Option<Answered>, Box<Response>> {
@@ -383,7 +336,8 @@ pub struct ModeBody {
     pub mode: Mode,
 }
 
-/// Pauses or resumes everything automatic.
+/// Pauses or resumes automatic failover, and starting, stopping and rebuilding nodes. Paused, a standby that dies is
+/// still given up, so that writes go on.
 #[utoipa::path(post, path = "/mode", request_body = ModeBody, security(("token" = [])), responses(
     (status = 200, body = ModeBody), (status = 401, body = Problem), (status = 503, body = Problem)))]
 pub async fn mode(State(api): State<Arc<Api>>, Json(body): Json<ModeBody>) -> Response {

@@ -42,7 +42,8 @@ pub struct Denied {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Verdict {
     pub checks: Vec<Check>,
-    pub bytes_at_risk: u64,
+    /// None: not known.
+    pub bytes_at_risk: Option<u64>,
     pub outcome: Result<Kind, Denied>,
 }
 
@@ -79,7 +80,29 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
     let sync_detail = || {
         format!("{target} is not known to hold every acknowledged commit (sync set: {:?})", state.sync_set)
     };
-    let mut bytes_at_risk = 0;
+    let mut bytes_at_risk = Some(0);
+    // What the source wrote last is known only while it was seen, and comparable only on the same timeline.
+    let known = source.and_then(|seen| seen.status.as_ref()).map_or(0, |status| status.timeline());
+    let same = seen
+        .and_then(|seen| seen.status.as_ref())
+        .is_some_and(|status| known > 0 && known == status.timeline() && !status.estranged);
+    let risk = if in_sync { Some(0) } else { same.then_some(lag) };
+    let risk_detail = || match risk {
+        Some(bytes) => format!("at least {bytes} bytes are at risk"),
+        None => "how much would be lost is not known".to_owned(),
+    };
+    let not_running = || {
+        let hint = match state.mode {
+            Mode::Auto => "it is started so that what it has can be seen: ask again in a moment",
+            Mode::Paused => {
+                "it would be started, but not while paused: POST /mode {\"mode\":\"auto\"}, which promotes nothing that lacks commits"
+            }
+        };
+        format!(
+            "{target} is not a running standby of this cluster, or its agent is not heard; if it has data and {primary} \
+             stays away, {hint}"
+        )
+    };
     let kind = match condition {
         Condition::Alive => {
             bench.check("target_runs", candidate, 412, "target_not_running", || {
@@ -117,17 +140,22 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
         }
         Condition::Gone | Condition::Lost => {
             bench.check("target_runs", candidate, 503, "no_safe_candidate", || {
-                format!("{primary} is down and {target} is not a running standby of this cluster, or its agent is not heard")
+                format!("{primary} is down and {}", not_running())
             });
-            if !in_sync {
-                bytes_at_risk = lag;
-            }
-            bench.check("target_in_sync", in_sync || question.allow_data_loss, 503, "no_safe_candidate", || {
-                format!(
-                    "{}; at least {lag} bytes are at risk. Bring {primary} back, or add allow_data_loss=true",
-                    sync_detail()
-                )
-            });
+            bytes_at_risk = risk;
+            bench.check(
+                "target_in_sync",
+                in_sync || question.allow_data_loss,
+                503,
+                "no_safe_candidate",
+                || {
+                    format!(
+                        "{}; {}. Bring {primary} back, or add allow_data_loss=true",
+                        sync_detail(),
+                        risk_detail()
+                    )
+                },
+            );
             if in_sync { Kind::Unplanned } else { Kind::Forced }
         }
         Condition::Standby => {
@@ -137,14 +165,10 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
             Kind::Planned
         }
         Condition::Uncertain(reason) => {
-            bench.check("target_runs", candidate, 503, "no_safe_candidate", || {
-                format!("{target} is not a running standby of this cluster, or its agent is not heard")
-            });
-            if !in_sync {
-                bytes_at_risk = lag;
-            }
+            bench.check("target_runs", candidate, 503, "no_safe_candidate", not_running);
+            bytes_at_risk = risk;
             bench.check("primary_known", question.allow_data_loss, 412, "primary_uncertain", || {
-                format!("{reason}. Find out, or add allow_data_loss=true")
+                format!("{reason}. Find out, or add allow_data_loss=true; {}", risk_detail())
             });
             // In sync, nothing is lost however alive the primary is: the detached standby fences it.
             if in_sync { Kind::Unplanned } else { Kind::Forced }

@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context;
+use jiff::Timestamp;
 use service::health::Dependency;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::decide::{Action, Rules, decide};
@@ -161,11 +163,15 @@ impl Engine {
                 tracing::warn!(id = operation.id, step = operation.completed.name(), "resuming an operation");
                 self.remote.passed.send_replace(String::new());
                 let target = operation.target.clone();
-                let remote = self.remote.clone();
+                let (remote, since) = (self.remote.clone(), Instant::now());
+                let began = operation.started_at;
                 let run = operation::resume(&*remote, state, operation);
                 let (outcome, redis) = self.beside_redis(run, &target).await;
                 let (operation, failure) = outcome?;
-                self.close(state, operation, failure, redis)?;
+                // No clock that nobody sets runs across two processes; one that was set back counts for nothing.
+                let before = Timestamp::now().duration_since(began);
+                let took = Duration::try_from(before).unwrap_or_default().max(since.elapsed());
+                self.close(state, operation, failure, redis, took)?;
             }
             // People, the health endpoint and SIGTERM come first meanwhile, and the history does not grow by a try a millisecond.
             Action::FailOver { .. } if now < self.not_again_before => return Ok(false),
@@ -174,7 +180,15 @@ impl Engine {
                 let question = Question { target: target.clone(), ..Question::default() };
                 let id = new_id();
                 let entry = self
-                    .change(state, &question, Kind::Unplanned, id, "automatic".into(), reason.clone(), 0)
+                    .change(
+                        state,
+                        &question,
+                        Kind::Unplanned,
+                        id,
+                        "automatic".into(),
+                        reason.clone(),
+                        Some(0),
+                    )
                     .await?;
                 if !entry.success {
                     self.not_again_before = self.remote.watched.now() + PAUSE;
@@ -202,6 +216,7 @@ impl Engine {
             Action::Rejoin { how: Rejoin::Clone, .. } => Some(Order::Lead {
                 wait_for: state.wait_for.clone(),
                 slots: upkeep::slots(&self.rules, &primary),
+                above: state.above,
             }),
             _ => None,
         };

@@ -214,8 +214,9 @@ mod tests {
             addresses: Default::default(),
             timeline: 1,
             marker: 0,
-            bytes_at_risk: 0,
+            bytes_at_risk: Some(0),
             guard: false,
+            two_copies: false,
         };
         let mut operation = Operation::new(request, &state);
         operation.write_gap_ms = Some(250.0);
@@ -228,7 +229,7 @@ mod tests {
         });
         let dir = tempfile::tempdir().unwrap();
         let mut history = History::open(dir.path()).unwrap();
-        history.append(operation, None, Timestamp::from_second(1_000).unwrap()).unwrap();
+        history.append(operation, None, Duration::from_secs(1_000)).unwrap();
         let metrics = Metrics::new(&Registry::new()).unwrap();
         assert_eq!(metrics.failovers.with_label_values(&["forced", "failed"]).get(), 0);
         metrics.last(history.entries().last().unwrap());

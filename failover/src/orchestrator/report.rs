@@ -93,7 +93,8 @@ pub struct Report {
     pub timeline_after: u32,
     pub source_lsn: Option<Lsn>,
     pub target_lsn: Option<Lsn>,
-    pub bytes_at_risk: u64,
+    /// Of WAL that the target may have lacked. Null: not known.
+    pub bytes_at_risk: Option<u64>,
     /// How many copies the target's commits have at first.
     pub copies_after: usize,
     pub hash: String,
@@ -252,6 +253,10 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
     }
     if state.sync_set.is_empty() {
         alarms.push(match rules.copies {
+            Copies::Available if state.mode == Mode::Paused => {
+                "ONE COPY: no standby holds every acknowledged commit, and while paused none is started or rebuilt: POST /mode to resume"
+                    .into()
+            }
             Copies::Available => {
                 "ONE COPY: no standby holds every acknowledged commit; automatic failover is not possible"
                     .into()

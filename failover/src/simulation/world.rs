@@ -30,6 +30,9 @@ pub(super) struct Machine {
     /// Numbers of the commits it has, in order.
     pub(super) log: Vec<u32>,
     pub(super) marker: u64,
+    /// Its disk is there, with what was written on it.
+    pub(super) data: bool,
+    pub(super) estranged: bool,
 }
 
 pub(super) struct World {
@@ -41,6 +44,8 @@ pub(super) struct World {
     /// The orchestrator dies at the save after so many.
     pub(super) saves_left: u32,
     pub(super) saved: State,
+    /// Timelines that were given out. None is given twice.
+    timelines: BTreeSet<u32>,
 }
 
 pub(super) fn name(index: u16) -> Node {
@@ -70,6 +75,8 @@ impl World {
             epoch: 0,
             log: Vec::new(),
             marker: 0,
+            data: true,
+            estranged: false,
         };
         Self {
             machines: (1..=nodes).map(|index| (name(index), machine(index))).collect(),
@@ -79,6 +86,7 @@ impl World {
             late: Vec::new(),
             saves_left: u32::MAX,
             saved: State::first(name(1), "s".into(), BTreeSet::new()),
+            timelines: [1].into(),
         }
     }
 
@@ -154,32 +162,59 @@ impl World {
         }
         machine.epoch = epoch;
         match order {
-            Order::Lead { wait_for, .. } => {
+            Order::Lead { wait_for, above, .. } => {
+                if !machine.data {
+                    return Err(refuse("no data"));
+                }
                 machine.wait_for.clone_from(wait_for);
                 machine.running = true;
                 machine.upstream = None;
                 if machine.standby {
                     machine.standby = false;
-                    machine.timeline += 1;
+                    machine.timeline = machine.timeline.max(*above) + 1;
+                    let fresh = self.timelines.insert(machine.timeline);
+                    assert!(fresh, "{node} leads on a timeline that another has used: {:#?}", self.machines);
                 }
+                self.machines.get_mut(node).unwrap().estranged = false;
             }
             Order::Stand { upstream, how, .. } => {
                 let source = name(upstream.port);
                 let ready = self.machines.get(&source).is_some_and(|s| s.running && !s.standby && !s.frozen);
                 let (log, timeline) = (self.machines[&source].log.clone(), self.machines[&source].timeline);
                 let machine = self.machines.get_mut(node).unwrap();
-                if *how != Rejoin::Follow {
-                    if !ready {
-                        return Err(refuse("no source"));
+                match how {
+                    Rejoin::Follow if !machine.data || machine.estranged => return Err(refuse("no data")),
+                    Rejoin::Follow => {
+                        // Postgres would not notice.
+                        let mixed = ready && machine.timeline == timeline && !log.starts_with(&machine.log);
+                        assert!(!mixed, "{node} would mix two histories: {:#?}", self.machines);
                     }
-                    machine.log = log;
-                    machine.timeline = timeline;
+                    _ if !ready => return Err(refuse("no source")),
+                    Rejoin::Rewind if !machine.data || machine.timeline == timeline => {
+                        return Err(refuse("cannot be rewound"));
+                    }
+                    Rejoin::Rewind | Rejoin::Clone => {
+                        machine.log = log;
+                        machine.timeline = timeline;
+                        (machine.data, machine.estranged) = (true, false);
+                    }
                 }
                 machine.running = true;
                 machine.standby = true;
                 machine.upstream = Some(upstream.port);
                 if !self.stream(node, &source) {
                     return Err(refuse("does not stream"));
+                }
+            }
+            Order::Wake { .. } => {
+                if !machine.data || machine.running && !machine.standby {
+                    return Err(refuse("nothing to wake"));
+                }
+                if !machine.running {
+                    machine.estranged |= !machine.standby;
+                    machine.running = true;
+                    machine.standby = true;
+                    machine.upstream = None;
                 }
             }
             Order::Detach => {
@@ -275,8 +310,9 @@ impl World {
             },
             upstream: up,
             sample: machine.running.then_some(sample),
-            control: (!machine.running).then_some(control),
+            control: (!machine.running && machine.data).then_some(control),
             marker: machine.marker,
+            estranged: machine.estranged,
         }
     }
 
@@ -299,6 +335,25 @@ impl World {
             view.nodes.insert(node.clone(), seen);
         }
         view
+    }
+
+    /// A disk dies for good, unless it is the last one.
+    pub(super) fn disk_dies(&mut self) {
+        let nodes: Vec<Node> =
+            self.machines.iter().filter(|(_, machine)| machine.data).map(|(node, _)| node.clone()).collect();
+        if nodes.len() > 1 {
+            let node = &nodes[self.random.random_range(0..nodes.len())];
+            let machine = self.machines.get_mut(node).unwrap();
+            (machine.running, machine.clean, machine.data) = (false, false, false);
+            (machine.timeline, machine.estranged, machine.upstream) = (0, false, None);
+            machine.log.clear();
+        }
+    }
+
+    /// The operator accepts that what `node` lacks is lost.
+    pub(super) fn accept_loss(&mut self, node: &str) {
+        let log: BTreeSet<u32> = self.machines[node].log.iter().copied().collect();
+        self.acknowledged.retain(|commit| log.contains(commit));
     }
 
     pub(super) fn mishap(&mut self) {

@@ -33,6 +33,27 @@ async fn with_three_nodes_there_are_always_two_copies() {
     load.finish().await;
 }
 
+/// The primary dies and a third node hangs, both at once. The second one is enough to fence, and enough to go on with.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_third_node_that_hangs_holds_nobody_up() {
+    let mut fixture = Setup::default().three_nodes().start().await;
+    let load = Load::start(&fixture.database()).await;
+    let started = Instant::now();
+    fixture.agents[2].pause();
+    fixture.kill_postmaster("region1");
+    let status = fixture
+        .until("failed over", |status| status.current_region == "region2" && !status.failover_under_way)
+        .await;
+    let last = status.last_failover.unwrap();
+    assert!(last.success && last.tier0_compliant, "{last:#?}");
+    load.commits_after(Instant::now(), 10).await;
+    println!("{:?}, {:?}", load.gap_since(started), last.steps);
+    assert!(load.gap_since(started) < Duration::from_secs(3), "{:?}", load.gap_since(started));
+    fixture.agents[2].resume();
+    fixture.whole().await;
+    load.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_copies_means_that_nothing_is_acknowledged_with_one() {
     let mut fixture = Setup::default().set("orchestrator.copies", "two_copies").start().await;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use failover::orchestrator::report::{HistoryReport, Report, Status};
+use failover::protocol::NodeStatus;
 use ingest::settings::DatabaseSettings;
 use nix::unistd::Pid;
 use playground::cluster::{Cluster, Options};
@@ -13,7 +14,7 @@ use playground::regions::{Plan, Regions, is_whole, kill_postmaster};
 use playground::scratch::Scratch;
 use reqwest::{Client, Method};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 use service::secret::Secret;
 use tokio::time::{Instant, sleep};
 
@@ -207,6 +208,34 @@ impl Fixture {
     pub(crate) async fn kill_node(&mut self, region: &str) {
         let index = self.index(region);
         self.agents[index].kill9().await.unwrap();
+    }
+
+    /// Its disk is gone; a new one is in its place.
+    pub(crate) fn empty_disk(&self, region: &str) {
+        for entry in std::fs::read_dir(self.cluster.nodes[self.index(region)].data()).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }.unwrap();
+        }
+    }
+
+    /// An order as the orchestrator gives it, of the epoch that holds there.
+    pub(crate) async fn order(&self, region: &str, what: Value) -> (u16, Value) {
+        let epoch = self.agent(region).await.epoch;
+        let url = format!("http://127.0.0.1:{}/v1/orders", self.agents[self.index(region)].port());
+        let body = json!({"epoch": epoch, "limit_ms": 60_000, "what": what});
+        let request = self.http.post(url).bearer_auth(AGENT_TOKEN).timeout(LIMIT).json(&body);
+        let response = request.send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    /// What an agent says.
+    pub(crate) async fn agent(&self, region: &str) -> NodeStatus {
+        let url = format!("http://127.0.0.1:{}/v1/status", self.agents[self.index(region)].port());
+        self.http.get(url).bearer_auth(AGENT_TOKEN).send().await.unwrap().json().await.unwrap()
+    }
+
+    pub(crate) fn upstream(&self, region: &str) -> Value {
+        json!({"host": "127.0.0.1", "port": self.cluster.nodes[self.index(region)].port()})
     }
 
     pub(crate) async fn revive_node(&mut self, region: &str) {

@@ -2,7 +2,10 @@
 #![allow(clippy::print_stdout, reason = "measured times, for whoever runs the test with --nocapture")]
 //! Failover of real servers: Postgres under our agents, our orchestrator, kills and freezes.
 
+mod agents;
+mod callers;
 mod copies;
+mod disaster;
 mod faults;
 mod fixture;
 mod load;

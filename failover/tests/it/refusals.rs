@@ -41,9 +41,6 @@ async fn a_healthy_cluster_refuses_what_makes_no_sense() {
             assert_eq!((found, code(&body)), (401, "unauthorized"), "{path} {token:?}");
         }
     }
-    let (found, _) =
-        fixture.call(Method::POST, "/failover/region2?no_such_option=1", Some(TOKEN), None).await;
-    assert_eq!(found, 400);
     assert_eq!(state(&fixture).await, before);
 
     let (found, plan) = fixture.failover("region2", "?dry_run=true").await;
@@ -54,6 +51,51 @@ async fn a_healthy_cluster_refuses_what_makes_no_sense() {
     assert!(plan["plan"].as_array().unwrap().contains(&json!("fence")), "{plan:#}");
     assert!(plan["checks"].as_array().unwrap().iter().all(|check| check["ok"] == json!(true)), "{plan:#}");
     assert_eq!(state(&fixture).await, before, "a dry run changes nothing");
+}
+
+/// What the HTTP library refuses is answered like everything else: a code, and a sentence that says what to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_refusal_is_a_problem_with_a_way_out() {
+    let fixture = Setup::default().start().await;
+    let before = state(&fixture).await;
+    let (people, agents) = (fixture.orchestrator.port(), fixture.agents[0].port());
+    let big = format!("{{\"mode\": \"paused\"{}}}", " ".repeat(100_000));
+    for (port, token, method, path, body, status, expected) in [
+        (people, TOKEN, Method::POST, "/failover/region2?no_such_option=1", None, 400, "bad_request"),
+        (people, TOKEN, Method::POST, "/failover/region2?dry_run=maybe", None, 400, "bad_request"),
+        (people, "", Method::GET, "/history?limit=many", None, 400, "bad_request"),
+        (people, TOKEN, Method::POST, "/mode", Some("{"), 400, "bad_request"),
+        (people, TOKEN, Method::POST, "/mode", Some(r#"{"mode":"asleep"}"#), 422, "bad_request"),
+        (people, TOKEN, Method::POST, "/mode", None, 415, "not_json"),
+        (people, TOKEN, Method::POST, "/mode", Some(big.as_str()), 413, "too_large"),
+        (people, "", Method::GET, "/nowhere", None, 404, "not_found"),
+        (people, TOKEN, Method::POST, "/failover", None, 404, "not_found"),
+        (people, TOKEN, Method::GET, "/mode", None, 405, "method_not_allowed"),
+        (agents, AGENT_TOKEN, Method::GET, "/v1/status?after=then", None, 400, "bad_request"),
+        (agents, AGENT_TOKEN, Method::POST, "/v1/orders", Some("{}"), 422, "bad_request"),
+        (agents, AGENT_TOKEN, Method::POST, "/v1/orders", Some("{"), 400, "bad_request"),
+        (agents, AGENT_TOKEN, Method::POST, "/v1/orders", None, 415, "not_json"),
+        (agents, AGENT_TOKEN, Method::POST, "/v1/orders", Some(big.as_str()), 413, "too_large"),
+        (agents, AGENT_TOKEN, Method::GET, "/v1/nowhere", None, 404, "not_found"),
+        (agents, AGENT_TOKEN, Method::DELETE, "/v1/orders", None, 405, "method_not_allowed"),
+    ] {
+        let url = format!("http://127.0.0.1:{port}{path}");
+        // A body that is too large is not read to its end: that connection is of no use any more.
+        let request = fixture.http.request(method.clone(), url).header("Connection", "close");
+        let mut request = request.bearer_auth(token);
+        if let Some(body) = body {
+            request = request.header("Content-Type", "application/json").body(body.to_owned());
+        }
+        let answer = request.send().await.unwrap();
+        let found = answer.status().as_u16();
+        let body: Value = answer.json().await.unwrap();
+        assert_eq!((found, code(&body)), (status, expected), "{method} {path}: {body}");
+        let message = body["error"]["message"].as_str().unwrap();
+        let says =
+            ["openapi.json", "Content-Type: application/json"].iter().any(|what| message.contains(what));
+        assert!(says, "what to do? {method} {path}: {message}");
+    }
+    assert_eq!(state(&fixture).await, before, "nothing was changed");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -97,6 +139,30 @@ async fn paused_means_nothing_happens_until_somebody_says_so() {
     let auto = Some(json!({"mode": "auto"}));
     assert_eq!(fixture.call(Method::POST, "/mode", Some(TOKEN), auto).await.0, 200);
     assert_eq!(fixture.whole().await.current_region, "region2");
+}
+
+/// Automatic failover is paused, not the care for writers: a standby that dies does not stop them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paused_does_not_make_an_outage_of_a_dead_standby() {
+    let mut fixture = Setup::default().set("orchestrator.policy.degrade_after", "1s").start().await;
+    let load = Load::start(&fixture.database()).await;
+    let paused = Some(json!({"mode": "paused"}));
+    assert_eq!(fixture.call(Method::POST, "/mode", Some(TOKEN), paused).await.0, 200);
+    fixture.kill_node("region2").await;
+    fixture.until("degraded", |status| status.sync_set.is_empty() && status.wait_for.is_empty()).await;
+    load.commits_after(Instant::now(), 10).await;
+    // Whoever paused it may be at work there: it is not started.
+    fixture.revive_node("region2").await;
+    fixture.until("seen", |status| status.nodes[1].role == "stopped").await;
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(2) {
+        assert_eq!(fixture.status().await.nodes[1].role, "stopped");
+        load.commits_after(Instant::now(), 5).await;
+    }
+    let auto = Some(json!({"mode": "auto"}));
+    assert_eq!(fixture.call(Method::POST, "/mode", Some(TOKEN), auto).await.0, 200);
+    assert_eq!(fixture.whole().await.current_region, "region1");
+    load.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -201,14 +267,10 @@ async fn a_node_without_data_is_cloned_and_can_lead() {
     let mut fixture = Setup::default().start().await;
     let load = Load::start(&fixture.database()).await;
     fixture.kill_node("region2").await;
-    let data = fixture.cluster.nodes[1].data().to_owned();
-    for entry in std::fs::read_dir(&data).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) }.unwrap();
-    }
+    fixture.empty_disk("region2");
     fixture.revive_node("region2").await;
     fixture.whole().await;
-    assert!(data.join("PG_VERSION").is_file());
+    assert!(fixture.cluster.nodes[1].data().join("PG_VERSION").is_file());
     assert!(fixture.switch("region2").await.success);
     load.commits_after(Instant::now(), 10).await;
     fixture.whole().await;

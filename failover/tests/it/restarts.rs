@@ -22,6 +22,8 @@ async fn die_after(fixture: &mut Fixture, step: &str, cause: impl AsyncFnOnce(&F
         .unwrap();
     doomed.ready(Duration::from_secs(30)).await.unwrap();
     std::mem::swap(&mut fixture.orchestrator, &mut doomed);
+    // Ready says that it knows the primary; it has to know the target too.
+    fixture.whole().await;
     cause(fixture).await;
     fixture.orchestrator.wait(Duration::from_secs(30)).await.unwrap();
     std::mem::swap(&mut fixture.orchestrator, &mut doomed);

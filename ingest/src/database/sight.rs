@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Config;
@@ -83,6 +83,8 @@ struct Node {
     cut: Mutex<CancellationToken>,
     /// Sessions opened while it was a standby: after its promotion nobody has to log in first.
     spares: Mutex<Vec<Opened>>,
+    /// It was seen as a standby: a spare may be missing.
+    looked: Notify,
 }
 
 /// Watches until dropped.
@@ -116,6 +118,7 @@ impl Watching {
                     address: format!("{host}:{port}"),
                     cut: Mutex::default(),
                     spares: Mutex::default(),
+                    looked: Notify::new(),
                 }
             })
             .collect();
@@ -132,6 +135,8 @@ impl Watching {
         let mut tasks = JoinSet::new();
         for index in 0..sight.nodes.len() {
             tasks.spawn(sight.clone().watch(index));
+            // Apart: a host that accepts no further session must not keep the watcher from what the one it has would tell.
+            tasks.spawn(sight.clone().keep_spares(index));
         }
         Self { sight, _tasks: tasks }
     }
@@ -225,7 +230,7 @@ impl Sight {
             };
             self.note(index, Word::Standing(standing));
             if standing.is_none() {
-                self.keep_spare(node).await;
+                node.looked.notify_one();
             }
             let calm = primary.borrow_and_update().is_some();
             tokio::select! {
@@ -234,6 +239,14 @@ impl Sight {
                 _ = primary.changed() => {}
                 () = sleep(if calm { CALM } else { HASTE }) => {}
             }
+        }
+    }
+
+    async fn keep_spares(self: Arc<Self>, index: usize) {
+        let Some(node) = self.nodes.get(index) else { return };
+        loop {
+            node.looked.notified().await;
+            self.keep_spare(node).await;
         }
     }
 

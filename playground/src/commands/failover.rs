@@ -101,9 +101,9 @@ fn show_plan(plan: &Plan) {
     }
     say(format!("  steps: {}", plan.plan.join(", ")));
     say(format!(
-        "  about {:.1} s; {} bytes at risk; {} right afterwards",
+        "  about {:.1} s; {} at risk; {} right afterwards",
         plan.estimated_ms / 1000.0,
-        plan.bytes_at_risk,
+        plan.bytes_at_risk.map_or_else(|| "not known what is".into(), |bytes| format!("{bytes} bytes")),
         if plan.copies_after > 1 { "two copies of each commit" } else { "one copy of each commit" }
     ));
     if let Some(refusal) = &plan.refusal {

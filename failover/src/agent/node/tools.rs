@@ -29,7 +29,13 @@ impl Postgres {
             "host={} port={} user={} dbname=postgres connect_timeout=5",
             upstream.host, upstream.port, self.settings.replication_user
         ));
-        self.tool("pg_rewind", command, limit).await
+        let said = self.tool("pg_rewind", command, limit).await?;
+        if is_same_timeline(&said) {
+            bail!(
+                "both are on the same timeline, by which pg_rewind cannot tell their histories apart: {said}"
+            );
+        }
+        Ok(())
     }
 
     pub(super) async fn clone_from(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
@@ -43,10 +49,10 @@ impl Postgres {
             "host={} port={} user={} connect_timeout=5",
             upstream.host, upstream.port, self.settings.replication_user
         ));
-        self.tool("pg_basebackup", command, limit).await
+        self.tool("pg_basebackup", command, limit).await.map(drop)
     }
 
-    async fn tool(&self, name: &str, mut command: Command, limit: Duration) -> anyhow::Result<()> {
+    async fn tool(&self, name: &str, mut command: Command, limit: Duration) -> anyhow::Result<String> {
         command.kill_on_drop(true);
         command.env("PGPASSFILE", self.conf.passfile());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -62,8 +68,13 @@ impl Postgres {
             bail!("{name} failed ({}): {last}", output.status);
         }
         tracing::info!(said = last, "{name} is done");
-        Ok(())
+        Ok(last)
     }
+}
+
+/// `pg_rewind` has compared nothing and done nothing, and calls it success.
+fn is_same_timeline(said: &str) -> bool {
+    said.contains("on the same timeline")
 }
 
 /// What is needed to read the control file.
@@ -93,11 +104,12 @@ impl Tools {
             Some(line.trim_start_matches(':').trim().to_owned())
         };
         let value = |name: &str| field(name).with_context(|| format!("pg_controldata says no {name:?}"));
+        let timeline = |name: &str| value(name)?.parse::<u32>().context("timeline of the control file");
         let system_id = value("Database system identifier")?;
         let control = Control {
-            timeline: value("Latest checkpoint's TimeLineID")?
-                .parse()
-                .context("timeline of the control file")?,
+            timeline: timeline("Latest checkpoint's TimeLineID")?
+                // After a promotion, until its first checkpoint, only this knows.
+                .max(timeline("Min recovery ending loc's timeline")?),
             checkpoint: value("Latest checkpoint location")?.parse()?,
             state: value("Database cluster state")?,
             standby: self.conf.is_standby(),

@@ -19,35 +19,30 @@ impl Orders {
         number: u64,
         wait_for: &BTreeSet<Node>,
         slots: &BTreeSet<Node>,
+        above: u32,
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
-        let mut hurdle = false;
+        let hurdle;
         {
-            let status = self.quiet(number, deadline).await?;
-            let _turn = self.turn.lock().await;
-            self.check(number, deadline)?;
+            let (_turn, status) = self.turn(number, deadline).await?;
             // Turning waiting on takes effect when the checkpointer has seen it; not to be relied on while it is busy.
-            hurdle |= !wait_for.is_empty()
+            hurdle = !wait_for.is_empty()
                 && status.sample.as_ref().is_some_and(|sample| sample.wait_for.is_empty());
-            if status.is_stopped() && status.control.is_none() {
-                return Err(Refusal::new("no_data", "there is no usable data to lead with"));
+            if status.is_stopped() {
+                self.ready_to_start(number, &status, deadline).await?;
             }
             self.node.configure(None, Some(wait_for))?;
             if status.is_stopped() {
-                self.node.start().await?;
+                self.node.start_as_it_is(status.control.as_ref()).await?;
             }
         }
         let mut asked = false;
         loop {
             self.check(number, deadline)?;
-            if self.status().is_stopped() {
-                return Err(Refusal::new(
-                    "ended",
-                    format!("Postgres ended: {:?}{}", self.status().postmaster, self.log()),
-                ));
-            }
-            match self.try_lead(wait_for, hurdle, &mut asked).await {
+            self.not_ended(&self.status())?;
+            match self.try_lead(wait_for, hurdle, above, &mut asked).await {
                 Ok(Some((session, sample))) => {
+                    self.node.set_estranged(false)?;
                     make_slots(&session.1, slots).await?;
                     self.node.shared.sample(session.0, sample);
                     self.ready.put(session);
@@ -65,6 +60,7 @@ impl Orders {
         &self,
         wait_for: &BTreeSet<Node>,
         hurdle: bool,
+        above: u32,
         asked: &mut bool,
     ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
         let session = self.ready.take().await?;
@@ -83,6 +79,7 @@ impl Orders {
             if hurdle {
                 session.1.run("CHECKPOINT", Duration::from_secs(60)).await?;
             }
+            self.node.conf().take_timelines(sample.timeline, above)?;
             session.1.run("SELECT pg_promote(false)", QUERY).await?;
             *asked = true;
         }
@@ -96,10 +93,8 @@ impl Orders {
         nodes: &BTreeSet<Node>,
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
-        let status = self.quiet(number, deadline).await?;
         {
-            let _turn = self.turn.lock().await;
-            self.check(number, deadline)?;
+            let (_turn, status) = self.turn(number, deadline).await?;
             if !status.is_writable() {
                 return Err(Refusal::new("not_primary", "it is not writable"));
             }

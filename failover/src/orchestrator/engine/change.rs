@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::time::Instant;
@@ -13,7 +14,7 @@ use crate::history::Entry;
 use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord};
 use crate::orchestrator::checks::{self, Question};
 use crate::protocol::Node;
-use crate::state::State;
+use crate::state::{Copies, State};
 
 impl Engine {
     #[allow(clippy::too_many_arguments, reason = "each is a fact of the change that only the caller knows")]
@@ -25,21 +26,12 @@ impl Engine {
         id: String,
         actor: String,
         reason: String,
-        bytes_at_risk: u64,
+        bytes_at_risk: Option<u64>,
     ) -> anyhow::Result<Entry> {
         let since = Instant::now();
         let watched = &self.remote.watched;
         let (view, now) = (watched.view(), watched.now());
         let source = view.node(&state.primary).and_then(|seen| seen.status.as_ref());
-        // The source may be silent by now; its standbys are on its timeline.
-        let statuses = view.nodes.values().filter_map(|seen| seen.status.as_ref());
-        let timeline = statuses
-            .flat_map(|status| {
-                let sampled = status.sample.as_ref().map(|sample| sample.timeline);
-                [sampled, status.control.as_ref().map(|control| control.timeline)]
-            })
-            .flatten()
-            .max();
         let standbys: BTreeSet<Node> = view
             .nodes
             .iter()
@@ -56,17 +48,19 @@ impl Engine {
             wait_for: checks::wait_for_after(&question.target, state, &view, &self.rules, now),
             standbys,
             addresses: self.rules.addresses.clone(),
-            timeline: timeline.unwrap_or(0),
+            // The source may be silent by now; its standbys are on its timeline.
+            timeline: view.timeline(state.above),
             marker: source.map_or(0, |status| status.marker),
             bytes_at_risk,
             guard: self.rules.guards(),
+            two_copies: self.rules.copies == Copies::TwoCopies,
         };
         self.remote.passed.send_replace(String::new());
         let remote = self.remote.clone();
         let run = operation::begin(&*remote, state, request, since);
         let (outcome, redis) = self.beside_redis(run, &question.target).await;
         let (operation, failure) = outcome?;
-        self.close(state, operation, failure, redis)
+        self.close(state, operation, failure, redis, since.elapsed())
     }
 
     /// Moves Redis as soon as the decision is durable, beside everything that follows it.
@@ -128,12 +122,12 @@ impl Engine {
         mut operation: Operation,
         failure: Option<Failure>,
         redis: Option<StepRecord>,
+        took: Duration,
     ) -> anyhow::Result<Entry> {
         if let Some(mut record) = redis {
             record.number = u32::try_from(operation.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
             operation.steps.push(record);
         }
-        let total = Timestamp::now();
         let decided = operation.is_decided();
         match &failure {
             None => tracing::warn!(
@@ -151,7 +145,7 @@ impl Engine {
         }
         let entry = {
             let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-            history.append(operation, failure, total)?.clone()
+            history.append(operation, failure, took)?.clone()
         };
         self.remote.passed("history");
         state.operation = None;

@@ -1,0 +1,179 @@
+//! Orders to a Postgres that is a script: what must never happen in between can be made to happen here.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::Mode;
+use nix::unistd::{User, geteuid, mkfifo};
+use service::secret::Secret;
+use tokio::task::JoinSet;
+use tokio_util::task::TaskTracker;
+
+use super::*;
+use crate::agent::settings::RegionAgent;
+
+const CONTROL: &str = "#!/bin/sh
+cat <<END
+Database system identifier:           7
+Latest checkpoint location:           0/3000060
+Latest checkpoint's TimeLineID:       1
+Min recovery ending loc's timeline:   0
+Database cluster state:               shut down
+END
+";
+
+fn script(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+/// A node with data, stopped. Its postmaster would say that it was started, in `started`.
+async fn node(dir: &Path) -> Arc<Orders> {
+    let (data, bin) = (dir.join("data"), dir.join("bin"));
+    for dir in [&bin, &data.join("global"), &data.join("pg_wal")] {
+        std::fs::create_dir_all(dir).unwrap();
+    }
+    std::fs::write(data.join("global/pg_control"), "").unwrap();
+    script(&bin.join("pg_controldata"), CONTROL);
+    let started = dir.join("started");
+    script(&bin.join("postgres"), &format!("#!/bin/sh\necho $$ >> {}\nexec sleep 600\n", started.display()));
+    let settings = RegionAgent {
+        data,
+        bin,
+        state: dir.join("state"),
+        postgres_log: dir.join("log"),
+        account: User::from_uid(geteuid()).unwrap().unwrap().name,
+        replication_password: Secret::new("secret"),
+        // Nobody listens there.
+        port: 1,
+        ..RegionAgent::default()
+    };
+    let node = Postgres::new(&settings, 1, TaskTracker::new()).unwrap();
+    node.inspect().await.unwrap();
+    let (shared, local) = (node.shared.clone(), Local::new(&settings));
+    Arc::new(Orders::new(node, local.clone(), Arc::new(Ready::new(local, shared))))
+}
+
+fn command(epoch: u64, what: Order) -> Command {
+    Command { epoch, limit_ms: 10_000, what }
+}
+
+fn lead() -> Order {
+    Order::Lead { wait_for: Default::default(), slots: Default::default(), above: 0 }
+}
+
+/// Holds a start up where it opens Postgres' log: a pipe that nobody reads.
+fn hold(dir: &Path) -> PathBuf {
+    let log = dir.join("log");
+    mkfifo(&log, Mode::S_IRWXU).unwrap();
+    log
+}
+
+/// The role is written, after the last look at the order's number: nothing but the start follows.
+async fn about_to_start(dir: &Path) {
+    while !dir.join("data/postgresql.auto.conf").exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Lets it go on, and keeps the pipe open.
+async fn release(log: PathBuf) -> std::fs::File {
+    let open = move || std::fs::OpenOptions::new().read(true).write(true).open(log);
+    tokio::task::spawn_blocking(open).await.unwrap().unwrap()
+}
+
+fn is_alive(pid: &str) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+async fn nothing_runs(dir: &Path, orders: &Orders) {
+    let status = orders.status();
+    assert!(matches!(status.postmaster, Postmaster::Stopped { settled: true, .. }), "{status:?}");
+    let started = std::fs::read_to_string(dir.join("started")).unwrap_or_default();
+    for pid in started.lines() {
+        assert!(!is_alive(pid), "process {pid} runs though it was halted");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn halted_means_that_no_start_is_on_its_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let orders = node(dir.path()).await;
+    let log = hold(dir.path());
+    let mut tasks = JoinSet::new();
+    let leading = orders.clone();
+    tasks.spawn(async move { leading.carry_out(command(1, lead())).await });
+    about_to_start(dir.path()).await;
+    let halting = orders.clone();
+    let mut halt =
+        Box::pin(async move { halting.carry_out(command(1, Order::Halt { how: Stop::Fast })).await });
+    let early = tokio::time::timeout(Duration::from_millis(200), &mut halt).await;
+    assert!(early.is_err(), "answered while Postgres is being started: {early:?}");
+    let _open = release(log).await;
+    assert!(halt.await.unwrap().is_stopped());
+    nothing_runs(dir.path(), &orders).await;
+    let led = tasks.join_next().await.unwrap().unwrap();
+    assert!(matches!(led.as_ref().map_err(|refusal| refusal.code), Err("superseded" | "ended")), "{led:?}");
+    nothing_runs(dir.path(), &orders).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn an_agent_that_ends_starts_nothing_any_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let orders = node(dir.path()).await;
+    let log = hold(dir.path());
+    let mut tasks = JoinSet::new();
+    let leading = orders.clone();
+    tasks.spawn(async move { leading.carry_out(command(1, lead())).await });
+    about_to_start(dir.path()).await;
+    let ending = orders.clone();
+    let mut end = Box::pin(async move { ending.end(Instant::now() + Duration::from_secs(10)).await });
+    let early = tokio::time::timeout(Duration::from_millis(200), &mut end).await;
+    assert!(early.is_err(), "ended while Postgres is being started: {early:?}");
+    let _open = release(log).await;
+    end.await.unwrap();
+    assert!(tasks.join_next().await.unwrap().unwrap().is_err());
+    for what in [lead(), Order::Detach] {
+        assert_eq!(orders.carry_out(command(2, what)).await.unwrap_err().code, "ending");
+    }
+    nothing_runs(dir.path(), &orders).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_halt_waits_for_nothing_when_nothing_else_is_at_work() {
+    let dir = tempfile::tempdir().unwrap();
+    let orders = node(dir.path()).await;
+    let started = Instant::now();
+    orders.carry_out(command(1, Order::Halt { how: Stop::Fast })).await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
+/// The epoch is accepted and the number given in one step: else the order of the lower epoch, held up in between, would
+/// have the higher number and overtake the other.
+#[tokio::test]
+async fn an_older_epoch_never_gets_a_higher_number() {
+    let dir = tempfile::tempdir().unwrap();
+    let orders = node(dir.path()).await;
+    let (entered, is_in) = std::sync::mpsc::sync_channel(1);
+    let (go, wait) = std::sync::mpsc::sync_channel::<()>(1);
+    let old = orders.clone();
+    let held = std::thread::spawn(move || {
+        old.node.accept(5, || {
+            entered.send(()).unwrap();
+            wait.recv().unwrap();
+            old.next()
+        })
+    });
+    is_in.recv().unwrap();
+    let new = orders.clone();
+    let (done, answer) = std::sync::mpsc::sync_channel(1);
+    let newer = std::thread::spawn(move || done.send(new.node.accept(6, || new.next())).unwrap());
+    let early = answer.recv_timeout(Duration::from_millis(200));
+    assert!(early.is_err(), "a newer epoch came in between");
+    go.send(()).unwrap();
+    let low = held.join().unwrap().unwrap().unwrap();
+    let high = answer.recv().unwrap().unwrap().unwrap();
+    newer.join().unwrap();
+    assert!(low < high, "{low} {high}");
+    assert_eq!(orders.carry_out(command(5, Order::Detach)).await.unwrap_err().code, "old_epoch");
+}

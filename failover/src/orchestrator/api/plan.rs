@@ -1,0 +1,81 @@
+//! `?dry_run=true`: what would be done, and whether it would be.
+
+use std::sync::PoisonError;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{Api, problem, refuse};
+use crate::operation::Kind;
+use crate::orchestrator::checks::{self, Check, Question};
+use crate::orchestrator::engine;
+use crate::protocol::{Problem, ProblemBody};
+
+/// What would happen.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Plan {
+    pub dry_run: bool,
+    /// Whether it would be carried out.
+    pub possible: bool,
+    pub kind: Option<Kind>,
+    pub source_region: String,
+    pub target_region: String,
+    pub plan: Vec<String>,
+    pub checks: Vec<Check>,
+    /// Of WAL that the target may lack. Null: not known.
+    pub bytes_at_risk: Option<u64>,
+    /// Median of earlier ones of this kind, else what was measured in the lab.
+    pub estimated_ms: f64,
+    /// Copies of each commit right afterwards.
+    pub copies_after: usize,
+    pub refusal: Option<ProblemBody>,
+}
+
+pub(super) fn plan(api: &Api, question: &Question) -> Response {
+    let Some(state) = api.remote.state() else {
+        return problem(503, "starting", "no primary is known yet; see GET /health", serde_json::Value::Null);
+    };
+    let (view, now) = (api.remote.watched.view(), api.remote.watched.now());
+    let verdict = checks::judge(question, &state, &view, &api.rules, now);
+    if let Err(denied) = &verdict.outcome
+        && denied.code == "unknown_region"
+    {
+        return refuse(denied);
+    }
+    let kind = verdict.outcome.as_ref().ok().copied();
+    let waits = checks::wait_for_after(&question.target, &state, &view, &api.rules, now);
+    let mut plan = engine::planned_steps(kind.unwrap_or(Kind::Planned), !waits.is_empty());
+    if api.redis.borrow().configured {
+        plan.push("redis".into());
+    }
+    let earlier: Vec<f64> = {
+        let history = api.history.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = history
+            .entries()
+            .iter()
+            .rev()
+            .filter(|entry| entry.success && Some(entry.operation.kind) == kind);
+        same.take(20).map(|entry| entry.total_duration_ms).collect()
+    };
+    Json(Plan {
+        dry_run: true,
+        possible: kind.is_some(),
+        kind,
+        source_region: state.primary.clone(),
+        target_region: question.target.clone(),
+        plan,
+        checks: verdict.checks,
+        bytes_at_risk: verdict.bytes_at_risk,
+        estimated_ms: median(earlier).unwrap_or(1500.0),
+        copies_after: waits.len() + 1,
+        refusal: verdict.outcome.err().map(|denied| Problem::new(denied.code, denied.message).error),
+    })
+    .into_response()
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}

@@ -1,0 +1,86 @@
+//! The primary is gone for good, and only the node that led before it is left.
+
+use failover::operation::Kind;
+use failover::orchestrator::report::Report;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::fixture::{Fixture, Setup};
+use crate::load::Load;
+
+/// region2 has taken over from region1, which is down; then region2 is lost, and region1 returns as it was.
+async fn the_former_primary_is_left(fixture: &mut Fixture, load: &Load) {
+    fixture.kill_node("region1").await;
+    fixture
+        .until("failed over", |status| status.current_region == "region2" && !status.failover_under_way)
+        .await;
+    load.commits_after(Instant::now(), 10).await;
+    fixture.kill_node("region2").await;
+    // One that remembers nothing but what it has written down.
+    fixture.orchestrator.kill9().await.unwrap();
+    fixture.orchestrator.restart().await.unwrap();
+    fixture.revive_node("region1").await;
+    fixture.until("woken", |status| status.nodes[0].role == "standby").await;
+    assert!(fixture.writable().await.is_empty(), "nothing is promoted by itself");
+}
+
+async fn force(fixture: &Fixture) -> Report {
+    let (_, plan) = fixture.failover("region1", "?dry_run=true").await;
+    assert_eq!((&plan["possible"], &plan["bytes_at_risk"]), (&json!(false), &Value::Null), "{plan:#}");
+    let (found, body) = fixture.failover("region1", "").await;
+    assert_eq!((found, body["error"]["code"].as_str()), (503, Some("no_safe_candidate")), "{body}");
+    let message = body["error"]["message"].as_str().unwrap();
+    assert!(message.contains("not known") && message.contains("allow_data_loss=true"), "{message}");
+    let (found, report) = fixture.failover("region1", "?allow_data_loss=true").await;
+    assert_eq!(found, 200, "{report:#}");
+    serde_json::from_value(report).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn its_data_can_be_used_when_the_new_primarys_disk_dies() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    the_former_primary_is_left(&mut fixture, &load).await;
+    fixture.empty_disk("region2");
+    let report = force(&fixture).await;
+    assert_eq!((report.kind, report.bytes_at_risk), (Kind::Forced, None), "{report:#?}");
+    // 2 was region2's.
+    assert_eq!(report.timeline_after, 3, "{report:#?}");
+    // Writers, who have seen timeline 2, believe it.
+    load.commits_after(Instant::now(), 10).await;
+    fixture.revive_node("region2").await;
+    assert_eq!(fixture.whole().await.current_region, "region1");
+    assert_eq!(fixture.writable().await, ["region1"]);
+    // And it is as good a pair as any.
+    assert!(fixture.switch("region2").await.success);
+    load.commits_after(Instant::now(), 10).await;
+    fixture.whole().await;
+}
+
+/// The disk was not dead: what it has that nobody else has goes, as was accepted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_primary_that_returns_after_all_is_rewound() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    the_former_primary_is_left(&mut fixture, &load).await;
+    force(&fixture).await;
+    load.commits_after(Instant::now(), 10).await;
+    fixture.revive_node("region2").await;
+    assert_eq!(fixture.whole().await.current_region, "region1");
+    assert_eq!(fixture.writable().await, ["region1"]);
+    let log = std::fs::read_to_string(fixture.agents[1].log()).unwrap();
+    assert!(log.contains("pg_rewind is done"), "it was rewound, not cloned: {log}");
+}
+
+/// It comes back by itself before anybody has said a word: the node that was woken to be looked at is a standby again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_woken_node_gives_way_when_the_primary_returns() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    the_former_primary_is_left(&mut fixture, &load).await;
+    assert!(fixture.agent("region1").await.estranged);
+    fixture.revive_node("region2").await;
+    assert_eq!(fixture.whole().await.current_region, "region2");
+    assert!(!fixture.agent("region1").await.estranged);
+    load.finish().await;
+}
