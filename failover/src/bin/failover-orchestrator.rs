@@ -19,6 +19,7 @@ use failover::orchestrator::watch::{self, Watched};
 use service::health::Health;
 use service::process::Process;
 use service::settings::SettingsArgs;
+use service::traces::Tracer;
 use service::{http, process};
 
 /// Watches the regions' Postgres through their agents, fails over when the primary is gone, and serves the API on
@@ -106,6 +107,7 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
         first_primary: own.first_primary.clone(),
         redis,
         metrics: metrics.clone(),
+        tracer: Tracer::start(&settings.traces, "failover-orchestrator", &registry, &mut process)?,
         asked: questions,
         ready: health.dependency("primary"),
         not_again_before: std::time::Duration::ZERO,

@@ -10,4 +10,5 @@ mod planned;
 mod redis;
 mod refusals;
 mod restarts;
+mod traces;
 mod unplanned;
