@@ -45,8 +45,10 @@ async fn every_batch_is_told_of_with_its_parts_and_its_failed_tries() {
 
     // The last ones left when the process had drained: all are here.
     let spans = collector.spans();
-    assert_eq!(sum(&spans, "tier0.rows"), 3_100);
-    assert_eq!(sum(&spans, "tier0.duplicates"), 500);
+    // The try that was given up may have stored its rows: then the next one found them.
+    let (rows, duplicates) = (sum(&spans, "tier0.rows"), sum(&spans, "tier0.duplicates"));
+    assert_eq!(rows + duplicates, 3_600);
+    assert!((3_000..=3_100).contains(&rows) && duplicates >= 500, "{rows} rows, {duplicates} duplicates");
     assert_eq!(sum(&spans, "tier0.dead_letters"), 1);
     assert_eq!(sum(&spans, "messaging.batch.message_count"), 3_601);
     assert!(

@@ -28,7 +28,7 @@ async fn a_failover_is_one_trace_with_a_span_for_each_step() {
     ] {
         assert_eq!(root.values[key], value, "{key}");
     }
-    assert_eq!(root.count("tier0.epoch"), fixture.status().await.epoch);
+    assert_eq!(root.count("tier0.epoch"), report.epoch);
     assert_eq!(root.error, None);
     let mut steps: Vec<&Span> = spans.iter().filter(|span| span.parent == root.id).collect();
     steps.sort_by_key(|step| step.count("tier0.step"));

@@ -80,10 +80,8 @@ async fn no_role_gets_into_a_database_that_is_not_its_own() {
     let node = cluster.primary();
     let admin = node.admin().await.unwrap();
     // As another application on the same server would have it.
-    admin
-        .batch_execute("CREATE DATABASE another; REVOKE CONNECT ON DATABASE another FROM PUBLIC")
-        .await
-        .unwrap();
+    admin.batch_execute("CREATE DATABASE another").await.unwrap();
+    admin.batch_execute("REVOKE CONNECT ON DATABASE another FROM PUBLIC").await.unwrap();
     for (role, database, allowed) in [
         (Role::Owner, "tier0_db", true),
         (Role::Owner, "postgres", false),
