@@ -4,7 +4,7 @@ CARGO ?= cargo
 ARGS ?=
 
 .PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
-	drill-outages drill-failover fuzz down clean
+	drill-outages drill-failover fuzz docs audit down clean
 
 # In order, also with -j: the steps install, check and build for one another.
 .NOTPARALLEL:
@@ -79,6 +79,14 @@ drill-failover: install
 # The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
 fuzz:
 	PROPTEST_CASES=$(or $(CASES),300000) $(CARGO) test --release --locked -p ingest -p wire --lib
+
+# The files that are made from the code: config/tier0.toml, docs/configuration.md, docs/metrics.md. A test compares them.
+docs:
+	$(CARGO) run --locked --package playground --bin tier0 -- docs
+
+# Licences, sources, bans and known weaknesses of all crates: needs cargo-deny (`cargo install --locked cargo-deny`) and GitHub.
+audit:
+	$(CARGO) deny --all-features check
 
 # Passwords and tokens for `docker compose up`, into secrets/ and .env; makes what is missing. ARGS=--simulators for theirs.
 secrets:

@@ -27,7 +27,6 @@ END
 $$;
 
 GRANT pg_monitor TO monitor;
-GRANT pg_read_all_data TO reader;
 ALTER ROLE monitor SET default_transaction_read_only = on;
 ALTER ROLE monitor SET statement_timeout = '30s';
 ALTER ROLE reader SET default_transaction_read_only = on;
@@ -45,3 +44,7 @@ ALTER SCHEMA public OWNER TO tier0;
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 GRANT USAGE ON SCHEMA public TO writer, reader, monitor;
 ALTER DEFAULT PRIVILEGES FOR ROLE tier0 IN SCHEMA public GRANT SELECT, INSERT, UPDATE ON TABLES TO writer;
+-- Not by pg_read_all_data: that reads pg_authid too, where the passwords' hashes are.
+ALTER DEFAULT PRIVILEGES FOR ROLE tier0 IN SCHEMA public GRANT SELECT ON TABLES TO reader;
+GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader;
+REVOKE pg_read_all_data FROM reader;

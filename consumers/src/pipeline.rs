@@ -11,9 +11,10 @@ use ingest::settings::{DatabaseSettings, IngestSettings};
 use ingest::settlement::Settlements;
 use ingest::writer::Writer;
 use ingest::{backlog, connections, queue};
-use prometheus::Registry;
 use service::health::Health;
+use service::metrics::Registry;
 use service::process::Process;
+use service::traces::Tracer;
 use tokio_util::sync::CancellationToken;
 
 /// What is started.
@@ -27,6 +28,8 @@ pub struct Pipeline<'s> {
     pub migrate: bool,
     /// Keep the partitions of telemetry.
     pub partitions: bool,
+    /// Is told of each batch.
+    pub tracer: &'s Tracer,
 }
 
 /// What the source works with.
@@ -80,6 +83,7 @@ impl Pipeline<'_> {
                 settlements: settlements.clone(),
                 database: database.clone(),
                 metrics: metrics.clone(),
+                tracer: self.tracer.clone(),
             };
             let shutdown = process.shutdown();
             process.start(format!("writer-{number}"), async move {

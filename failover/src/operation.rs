@@ -86,10 +86,30 @@ pub fn plan(kind: Kind, waits: bool) -> Vec<Step> {
 pub struct StepRecord {
     pub number: u32,
     pub action: String,
+    /// Entries of earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub started_at: Option<Timestamp>,
     pub duration_ms: f64,
     /// `done`, `failed` or `rolled_back`.
     pub status: String,
     pub detail: String,
+}
+
+impl StepRecord {
+    /// Of a step that has just ended.
+    #[must_use]
+    pub fn new(number: u32, action: &str, started: Instant, status: &str, detail: String) -> Self {
+        let took = started.elapsed();
+        Self {
+            number,
+            action: action.into(),
+            started_at: Timestamp::now().checked_sub(took).ok(),
+            duration_ms: took.as_secs_f64() * 1000.0,
+            status: status.into(),
+            detail,
+        }
+    }
 }
 
 /// What is asked for.
@@ -202,14 +222,7 @@ impl Operation {
 
     fn record(&mut self, action: &str, started: Instant, status: &str, detail: String) {
         let number = u32::try_from(self.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
-        let duration_ms = started.elapsed().as_secs_f64() * 1000.0;
-        self.steps.push(StepRecord {
-            number,
-            action: action.into(),
-            duration_ms,
-            status: status.into(),
-            detail,
-        });
+        self.steps.push(StepRecord::new(number, action, started, status, detail));
     }
 }
 

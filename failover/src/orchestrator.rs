@@ -16,4 +16,5 @@ pub mod report;
 pub mod settings;
 pub mod start;
 pub mod store;
+mod trace;
 pub mod watch;

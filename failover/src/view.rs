@@ -3,32 +3,38 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::lsn::Lsn;
 use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
 
-/// Limits by which evidence is judged. Section `[orchestrator]` has them as settings.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Limits by which evidence is judged.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
-    /// An agent not heard for so long counts as silent. At least three of its heartbeats.
+    /// An agent not heard for so long counts as silent; three heartbeats.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub agent_silence: Duration,
     /// A Postgres that has not answered our own query for so long counts as silent.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub probe_silence: Duration,
     /// A standby that has not heard its primary for so long is not a witness that the primary lives. Above half of
     /// Postgres' `wal_receiver_timeout`, which is when an idle receiver asks.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub stream_silence: Duration,
     /// A standby missing for so long is given up: commits no longer wait for it. Until then they do.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub degrade_after: Duration,
     /// A standby further behind than this is not waited for, and not a target of a switchover.
     pub max_lag_bytes: u64,
     /// A standby that has not streamed for so long is not helped by waiting.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub rejoin_after: Duration,
 }
 

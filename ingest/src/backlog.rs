@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{Gauge, IntGauge, Registry};
+use prometheus::{Gauge, IntGauge};
+use service::metrics::Registry;
 
 use crate::queue::Level;
 use crate::settlement::Settlements;

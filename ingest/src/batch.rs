@@ -37,6 +37,18 @@ pub enum Path {
     Merge,
 }
 
+impl Path {
+    /// As traces name it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Isolate => "isolate",
+            Self::Merge => "merge",
+        }
+    }
+}
+
 /// Rows and refused messages that are committed together.
 pub trait Batch: Send + Sync + 'static {
     /// What the decoder remembers from batch to batch; one for all writers of a queue.

@@ -6,7 +6,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use prometheus::{IntCounterVec, Opts, Registry};
+use prometheus::{IntCounterVec, Opts};
+use service::metrics::Registry;
 use wire::topic::Topic;
 
 /// Sites times types that get a label of their own; each is a series in Prometheus for as long as this process lives.

@@ -28,4 +28,5 @@ pub mod settings;
 pub mod settlement;
 pub mod telemetry;
 pub mod timestamp;
+mod trace;
 pub mod writer;

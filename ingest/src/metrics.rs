@@ -2,9 +2,8 @@
 //! a residue is a bug.
 
 use prometheus::core::Collector;
-use prometheus::{
-    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-};
+use prometheus::{Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts};
+use service::metrics::Registry;
 
 use crate::census::Readings;
 use crate::dead_letter::Reason;

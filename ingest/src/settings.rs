@@ -3,25 +3,30 @@
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::secret::Secret;
 
-/// Where the rows go. Section `[database]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Where the rows go: the replicated Postgres.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatabaseSettings {
     /// All nodes, primary or not, as `host:port` separated by commas; the primary is found among them.
     pub hosts: String,
     /// Name of the database.
     pub name: String,
+    /// The role the process logs in as.
     pub user: String,
+    /// Its password.
     pub password: Secret,
-    /// Longest wait for a TCP connection and login to one node, and for the answer to "who is primary".
+    /// Longest wait for TCP, login and "are you the primary", for one node.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub connect_timeout: Duration,
-    /// Longest wait for one batch, its commit on the standby included. Afterwards the connection is dropped (never
-    /// the commit cancelled) and the batch is tried again.
+    /// Longest wait for one batch, its commit on the standby included. Then the connection is dropped and the batch tried
+    /// again; the commit is never cancelled, since a cancelled one would look like a good one.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub commit_timeout: Duration,
 }
 
@@ -76,34 +81,41 @@ impl DatabaseSettings {
     }
 }
 
-/// How messages become rows. Section `[ingest]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// How messages become rows.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct IngestSettings {
-    /// Writers, each with one connection.
+    /// Writers, each with one database connection.
     pub writers: usize,
-    /// A batch closes at this many rows,
+    /// A batch closes at so many rows, or by `max_bytes`, or by `max_age`, whichever is first.
     pub max_rows: usize,
-    /// or this many bytes,
+    /// A batch closes at so many bytes.
+    #[schemars(with = "String", extend("format" = "size"))]
     pub max_bytes: ByteSize,
-    /// or when its oldest row has waited this long, whichever is first.
+    /// A batch closes when its oldest row has waited so long.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub max_age: Duration,
-    /// Most messages held at once, waiting or being written. At least the broker's in-flight window.
+    /// Messages held at once, waiting or being written; at least `mqtt_consumer.receive_maximum`.
     pub queue_messages: usize,
-    /// Most bytes of messages held at once. The process' memory is about three times this at worst.
+    /// The same in bytes; the process needs about three times this at worst.
+    #[schemars(with = "String", extend("format" = "size"))]
     pub queue_bytes: ByteSize,
-    /// Larger messages end as dead letters.
+    /// Larger messages become dead letters.
+    #[schemars(with = "String", extend("format" = "size"))]
     pub max_payload: ByteSize,
-    /// Older readings end as dead letters; older partitions are dropped.
+    /// Older readings become dead letters, older partitions are dropped.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub retention: Duration,
-    /// Readings further ahead of the clock end as dead letters.
+    /// Readings further ahead of the clock become dead letters.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub future_tolerance: Duration,
-    /// Width of one partition of `device_telemetry` in time. Divides a day. The open partition has no index by device:
-    /// a look-up by device scans its part of the key, so wider ones make look-ups slower, narrower ones planning.
+    /// Width of one partition of `device_telemetry` in time; divides a day. The open partition has no index by device: a
+    /// look-up by device scans its part of the key, so wider ones make look-ups slower, narrower ones planning.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub partition_width: Duration,
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use service::backoff::Backoff;
+use service::traces::Tracer;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::batch::{Batch, Committed, Path};
@@ -17,13 +18,14 @@ use crate::queue::Receiver;
 use crate::reading::Rules;
 use crate::settings::IngestSettings;
 use crate::settlement::Settlements;
+use crate::trace::{Story, Tries};
 
 const FIRST_WAIT: Duration = Duration::from_millis(20);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 /// What closed a batch; the metric's label.
 #[derive(Debug, Clone, Copy)]
-enum ClosedBy {
+pub(crate) enum ClosedBy {
     Rows,
     Bytes,
     Age,
@@ -31,7 +33,7 @@ enum ClosedBy {
 }
 
 impl ClosedBy {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Rows => "rows",
             Self::Bytes => "bytes",
@@ -39,6 +41,16 @@ impl ClosedBy {
             Self::Drain => "drain",
         }
     }
+}
+
+/// How a batch was filled.
+#[derive(Debug)]
+pub(crate) struct Filled {
+    ticket: u64,
+    pub(crate) closed_by: ClosedBy,
+    /// When its oldest message was received, and when that was taken from the queue.
+    pub(crate) oldest: Instant,
+    pub(crate) begun: Instant,
 }
 
 /// One of several; each has one connection at a time. `B` is what it commits.
@@ -51,21 +63,30 @@ pub struct Writer<B: Batch> {
     pub settlements: Arc<Settlements>,
     pub database: Database,
     pub metrics: Metrics,
+    pub tracer: Tracer,
 }
 
 impl<B: Batch> Writer<B> {
     /// Runs until the queue is closed and empty.
     pub async fn run(self) {
         let mut batch = B::new(self.source, self.rules(now_us()));
-        while let Some((ticket, closed_by)) = self.fill(&mut batch).await {
-            self.metrics.batches.with_label_values(&[closed_by.as_str()]).inc();
+        while let Some(filled) = self.fill(&mut batch).await {
+            self.metrics.batches.with_label_values(&[filled.closed_by.as_str()]).inc();
             self.metrics.batch_rows.observe(batch.parts() as f64);
             batch.seal();
-            let committed = self.commit(&mut batch).await;
-            self.count(&batch, &committed);
+            let sealed = Instant::now();
+            let (committed, tries) = self.commit(&mut batch).await;
+            let done = Instant::now();
+            let dead_letters = self.count(&batch, &committed);
             let (messages, bytes) = batch.deliveries().room();
-            self.settlements.report(ticket, batch.deliveries_mut().settle());
+            self.settlements.report(filled.ticket, batch.deliveries_mut().settle());
             self.queue.level().free(messages, bytes);
+            if self.tracer.is_on() {
+                let (source, filled, committed) = (self.source, &filled, &committed);
+                let story =
+                    Story { source, messages, bytes, filled, sealed, tries, committed, dead_letters, done };
+                self.tracer.record(story.is_eventful(), || story.tell());
+            }
             batch.clear();
         }
         self.settlements.leave();
@@ -78,15 +99,16 @@ impl<B: Batch> Writer<B> {
     }
 
     /// Fills an empty batch. `None` when the queue is closed and empty.
-    async fn fill(&self, batch: &mut B) -> Option<(u64, ClosedBy)> {
+    async fn fill(&self, batch: &mut B) -> Option<Filled> {
         let max_bytes = usize::try_from(self.settings.max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut intake = self.queue.intake().await;
         let mut chunk = intake.receiver.recv().await?;
         let ticket = intake.next_ticket;
         intake.next_ticket += 1;
-        let oldest = chunk.first().map_or_else(Instant::now, |delivery| delivery.received);
+        let begun = Instant::now();
+        let oldest = chunk.first().map_or(begun, |delivery| delivery.received);
         self.settlements.begin(ticket, oldest);
-        self.metrics.stage.with_label_values(&["queue"]).observe(oldest.elapsed().as_secs_f64());
+        self.metrics.stage.with_label_values(&["queue"]).observe((begun - oldest).as_secs_f64());
         let mut encoding = Duration::ZERO;
         let closed_by = loop {
             let started = Instant::now();
@@ -120,35 +142,40 @@ impl<B: Batch> Writer<B> {
             }
         };
         self.metrics.stage.with_label_values(&["encode"]).observe(encoding.as_secs_f64());
-        Some((ticket, closed_by))
+        Some(Filled { ticket, closed_by, oldest, begun })
     }
 
     /// Commits, however long it takes.
-    async fn commit(&self, batch: &mut B) -> Committed {
+    async fn commit(&self, batch: &mut B) -> (Committed, Tries) {
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
-        let mut path = Path::Fast;
+        let mut tries = Tries::new();
         let mut failing_since = None;
         loop {
-            let error = match self.attempt(batch, path).await {
+            let started = Instant::now();
+            tries.count += 1;
+            let error = match self.attempt(batch, tries.path).await {
                 Ok(committed) => {
                     if let Some(since) = failing_since {
                         let since: Instant = since;
                         tracing::info!(after = ?since.elapsed(), rows = batch.parts(), "batch committed at last");
                     }
-                    return committed;
+                    return (committed, tries);
                 }
                 Err(error) => error,
             };
+            if self.tracer.is_on() {
+                tries.note(started, || error.to_string());
+            }
             match error {
-                WriteError::Duplicate if path != Path::Merge => {
+                WriteError::Duplicate if tries.path != Path::Merge => {
                     self.metrics.merges.inc();
-                    path = Path::Merge;
+                    tries.path = Path::Merge;
                     continue;
                 }
-                WriteError::Data { message, .. } if path == Path::Fast => {
+                WriteError::Data { message, .. } if tries.path == Path::Fast => {
                     tracing::warn!(error = message, "the database refuses a row; isolating it");
                     self.metrics.isolations.inc();
-                    path = Path::Isolate;
+                    tries.path = Path::Isolate;
                     continue;
                 }
                 WriteError::MissingPartition => match self.make_partitions(batch).await {
@@ -204,17 +231,18 @@ impl<B: Batch> Writer<B> {
         }
     }
 
-    fn count(&self, batch: &B, committed: &Committed) {
+    /// Returns how many parts of it ended as dead letters.
+    fn count(&self, batch: &B, committed: &Committed) -> usize {
         let metrics = &self.metrics;
         metrics.rows_committed.inc_by(committed.rows as u64);
         metrics.duplicates.inc_by(committed.duplicates as u64);
         metrics.readings.add(batch.census());
-        let mut refused = 0_u64;
+        let mut refused = 0;
         for reason in batch.deliveries().reasons() {
             metrics.dead_letters.with_label_values(&[reason.as_str()]).inc();
             refused += 1;
         }
-        let settled = committed.rows as u64 + committed.duplicates as u64 + refused;
+        let settled = committed.rows + committed.duplicates + refused;
         metrics.rows_in_flight.sub(i64::try_from(settled).unwrap_or(i64::MAX));
         metrics.stage.with_label_values(&["copy"]).observe(committed.copied.as_secs_f64());
         metrics.stage.with_label_values(&["commit"]).observe(committed.committed.as_secs_f64());
@@ -224,6 +252,7 @@ impl<B: Batch> Writer<B> {
             end_to_end.observe((now - timestamp) as f64 / 1e6);
         }
         end_to_end.flush();
+        refused
     }
 }
 

@@ -14,7 +14,7 @@ use crate::bench::{self, BenchArgs};
 use crate::commands::failover::FailoverArgs;
 use crate::drill::{self, Drill};
 use crate::home::Home;
-use crate::{commands, up};
+use crate::{commands, docs, up};
 
 /// Starts, watches and checks the whole system on one machine: real servers as children of this command, with their
 /// data below .tier0/, never touching what runs system-wide.
@@ -107,6 +107,9 @@ Examples:
         #[command(subcommand)]
         drill: Drill,
     },
+    /// Write the files that are made from the code: config/tier0.toml, docs/configuration.md, docs/metrics.md
+    #[command(hide = true)]
+    Docs,
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
         #[arg(default_value = "region1")]
@@ -205,6 +208,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::BenchGrowth(args) => bench::growth::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchSessions(args) => bench::sessions::run(args).await.map(|()| ExitCode::SUCCESS),
             Command::BenchFailover(args) => bench::failover::run(args).await,
+            Command::Docs => docs::write().map(|()| ExitCode::SUCCESS),
             Command::Drill { drill } => drill::run(drill).await,
             Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,

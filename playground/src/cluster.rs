@@ -298,15 +298,27 @@ impl Cluster {
         self.primary().connect(role).await
     }
 
-    /// The settings by which our processes find this cluster.
+    /// The settings by which a process of ours finds this cluster: one that makes tables, as their owner.
     #[must_use]
     pub fn environment(&self) -> Vec<(String, String)> {
+        self.environment_of(Role::Owner)
+    }
+
+    /// The same for rabbitmq-consumer, which needs no more than to add and change rows. The tables must be there.
+    #[must_use]
+    pub fn writer_environment(&self) -> Vec<(String, String)> {
+        let mut environment = self.environment_of(Role::Writer);
+        environment.push(("TIER0__RABBITMQ_CONSUMER__MIGRATE".into(), "false".into()));
+        environment
+    }
+
+    fn environment_of(&self, role: Role) -> Vec<(String, String)> {
         let hosts: Vec<String> = self.nodes.iter().map(|node| format!("127.0.0.1:{}", node.port())).collect();
         vec![
             ("TIER0__DATABASE__HOSTS".into(), hosts.join(",")),
             ("TIER0__DATABASE__NAME".into(), DATABASE.into()),
-            ("TIER0__DATABASE__USER".into(), Role::Owner.name().into()),
-            ("TIER0__DATABASE__PASSWORD".into(), self.primary().passwords().of(Role::Owner).into()),
+            ("TIER0__DATABASE__USER".into(), role.name().into()),
+            ("TIER0__DATABASE__PASSWORD".into(), self.primary().passwords().of(role).into()),
         ]
     }
 

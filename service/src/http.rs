@@ -2,26 +2,28 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use crate::metrics::Registry;
 use anyhow::Context;
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use prometheus::{Registry, TextEncoder};
+use prometheus::TextEncoder;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::health::Health;
 
-/// Section `[http]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Where a process serves `/metrics`, `/health/live` and `/health/ready`.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpSettings {
-    /// Address to listen on. Only this machine unless set otherwise.
+    /// Address to listen on; only this machine unless set otherwise.
     pub bind: IpAddr,
-    /// Port; 0 takes a free one, which the log names.
+    /// 0 takes a free one, which the log names; `failover-orchestrator` takes 8003, `tier0 up` gives 9101, 9102 ..
     pub port: u16,
 }
 

@@ -6,6 +6,8 @@ pub mod backoff;
 pub mod health;
 pub mod http;
 pub mod logs;
+pub mod metrics;
 pub mod process;
 pub mod secret;
 pub mod settings;
+pub mod traces;

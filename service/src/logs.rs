@@ -1,20 +1,21 @@
 //! Logs by `tracing`, on standard error, as text or as one JSON object a line.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::ParseError;
 
-/// Section `[log]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// How a process logs, on standard error.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogSettings {
-    /// `text` or `json`.
+    /// `json` is one object a line.
     pub format: LogFormat,
-    /// A `tracing` filter, for instance `info` or `info,ingest=debug`.
+    /// Which levels, for all or by part: `info`, or `info,ingest=debug`.
     pub filter: String,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LogFormat {
     Text,

@@ -28,6 +28,8 @@ pub struct Process {
     shutdown: CancellationToken,
     /// Run until all tasks are drained, so that metrics and health can be read to the end.
     servers: JoinSet<anyhow::Result<()>>,
+    /// Begin to end when all tasks are drained, with what is left of the grace period.
+    last: JoinSet<()>,
     drained: CancellationToken,
 }
 
@@ -51,6 +53,15 @@ impl Process {
     /// Serves HTTP until everything else is drained.
     pub fn serve(&mut self, listener: TcpListener, routes: Router) {
         self.servers.spawn(crate::http::serve(listener, routes, self.drained.clone()));
+    }
+
+    /// Starts something that is not needed for the process to do its work, and that tells of it to the end: the token is
+    /// cancelled when all tasks are drained. What it has not done when the grace period ends is left undone.
+    pub fn finish_with<F>(&mut self, task: impl FnOnce(CancellationToken) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.last.spawn(task(self.drained.clone()));
     }
 
     /// Runs until a signal or until a task ends, then drains for at most `grace`.
@@ -100,6 +111,17 @@ impl Process {
             }
         }
         self.drained.cancel();
+        while !self.last.is_empty() {
+            tokio::select! {
+                _ = self.last.join_next() => {}
+                () = &mut deadline => {
+                    tracing::warn!("the end of the grace period: not everything was told");
+                    break;
+                }
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+        }
         // A client that keeps its connection open must not keep the process: what is under way gets a moment.
         if timeout(HTTP_GOODBYE, self.servers.join_all()).await.is_err() {
             tracing::debug!("an HTTP connection was still open at the end");
@@ -211,6 +233,28 @@ mod tests {
             tokio::task::yield_now().await;
             process.run(Duration::from_secs(5)).await.unwrap();
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_last_begins_to_end_after_the_tasks_and_has_the_rest_of_the_grace_period() {
+        let (told, tells) = std::sync::mpsc::sync_channel(2);
+        let mut process = Process::default();
+        let (shutdown, telling) = (process.shutdown(), told.clone());
+        process.start("worker", async move {
+            shutdown.cancelled().await;
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            telling.send("worker").context("tell")
+        });
+        process.finish_with(|drained| async move {
+            drained.cancelled().await;
+            told.send("last").unwrap();
+            std::future::pending::<()>().await;
+        });
+        process.shutdown().cancel();
+        let begun = tokio::time::Instant::now();
+        process.run(Duration::from_secs(5)).await.unwrap();
+        assert_eq!(tells.try_iter().collect::<Vec<_>>(), ["worker", "last"]);
+        assert_eq!(begun.elapsed(), Duration::from_secs(5));
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 pub const SECTIONS: &[&str] = &[
     "log",
     "http",
+    "traces",
     "database",
     "mqtt",
     "rabbitmq",

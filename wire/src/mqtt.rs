@@ -2,24 +2,30 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Section `[mqtt]`. `P` is the type that keeps the password from logs; this crate has none of its own, the
-/// processes put `service::secret::Secret` in.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// How to reach the MQTT broker.
+// `P` is the type that keeps the password from logs; this crate has none of its own, the processes put
+// `service::secret::Secret` in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MqttSettings<P: Default> {
     /// Name or address of the broker.
     pub host: String,
+    /// Its port, without TLS.
     pub port: u16,
     /// Empty: the client sends neither user name nor password.
     pub username: String,
+    /// Sent with `username`.
     pub password: P,
     /// Longest silence before a ping. The broker gives a client up after 1.5 times this.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub keep_alive: Duration,
-    /// For TCP connect and CONNACK together.
+    /// Longest wait for TCP and CONNACK together.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub connect_timeout: Duration,
 }
 

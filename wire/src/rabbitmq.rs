@@ -3,13 +3,14 @@
 
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A name longer than this does not fit into AMQP's short string.
 const MAX_NAME_BYTES: usize = 200;
 
 /// What kind of queue messages wait in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum QueueType {
     /// Replicated over the nodes of a cluster, written before it is confirmed.
@@ -29,28 +30,34 @@ impl QueueType {
     }
 }
 
-/// Section `[rabbitmq]`. `P` is the type that keeps the password from logs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// How to reach RabbitMQ, and which queue.
+// `P` is the type that keeps the password from logs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RabbitSettings<P: Default> {
     /// Name or address of the broker.
     pub host: String,
+    /// Its port for AMQP, without TLS.
     pub port: u16,
+    /// The virtual host that holds the queue.
     pub vhost: String,
     /// `guest` with an empty password is RabbitMQ's own first account, which only this machine may use.
     pub username: String,
+    /// Empty: the user's name is its password too, as `guest`'s is.
     pub password: P,
-    /// Where user activity waits. `webapp_active_users` is a second well-known name.
+    /// Where user activity waits; `webapp_active_users` is a second well-known name. Dead letters go to `QUEUE.dead-letter`.
     pub queue: String,
-    /// Kind of the queue and of the one for its dead letters.
+    /// Kind of the queue and of the one for its dead letters; must be what an existing queue is.
     pub queue_type: QueueType,
-    /// Create what is missing. `false`: the queue must be there, and is used whatever its arguments.
+    /// Create what is missing. `false`: use the queue that is there, whatever its arguments.
     pub declare: bool,
     /// A side that is silent for twice this is given up.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub heartbeat: Duration,
-    /// For TCP connect, login and declaring.
+    /// Longest wait for TCP, login and declaring together.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub connect_timeout: Duration,
 }
 

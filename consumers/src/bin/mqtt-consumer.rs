@@ -8,10 +8,11 @@ use consumers::mqtt::settings::MqttConsumerSettings;
 use consumers::mqtt::source::Source;
 use consumers::pipeline::Pipeline;
 use ingest::telemetry;
-use prometheus::Registry;
 use service::health::Health;
+use service::metrics::Registry;
 use service::process::Process;
 use service::settings::SettingsArgs;
+use service::traces::Tracer;
 use service::{http, process};
 
 /// Takes device telemetry from an MQTT 5 broker and commits it to Postgres; a message is acknowledged only after its
@@ -60,12 +61,14 @@ fn start_pipeline(
     health: &Health,
     process: &mut Process,
 ) -> anyhow::Result<()> {
+    let tracer = Tracer::start(&settings.traces, "mqtt-consumer", registry, process)?;
     let pipeline = Pipeline {
         source: "mqtt",
         database: &settings.database,
         ingest: &settings.ingest,
         migrate: settings.mqtt_consumer.migrate,
         partitions: true,
+        tracer: &tracer,
     };
     let intake = pipeline.start::<telemetry::Batch>(registry, health, process)?;
     let source = Source {

@@ -8,10 +8,11 @@ use consumers::rabbitmq::metrics::SourceMetrics;
 use consumers::rabbitmq::settings::RabbitConsumerSettings;
 use consumers::rabbitmq::source::Source;
 use ingest::session;
-use prometheus::Registry;
 use service::health::Health;
+use service::metrics::Registry;
 use service::process::Process;
 use service::settings::SettingsArgs;
+use service::traces::Tracer;
 use service::{http, process};
 
 /// Takes user activity from a RabbitMQ queue and keeps the newest state of each session in Postgres; a message is
@@ -54,12 +55,14 @@ fn start_pipeline(
     health: &Health,
     process: &mut Process,
 ) -> anyhow::Result<()> {
+    let tracer = Tracer::start(&settings.traces, "rabbitmq-consumer", registry, process)?;
     let pipeline = Pipeline {
         source: "rabbitmq",
         database: &settings.database,
         ingest: &settings.ingest(),
         migrate: settings.rabbitmq_consumer.migrate,
         partitions: false,
+        tracer: &tracer,
     };
     let intake = pipeline.start::<session::Batch>(registry, health, process)?;
     let source = Source {

@@ -1,6 +1,7 @@
 //! What the MQTT source exports beside `ingest`'s series.
 
-use prometheus::{IntCounter, IntGauge, Registry};
+use prometheus::{IntCounter, IntGauge};
+use service::metrics::Registry;
 
 #[derive(Debug, Clone)]
 pub struct SourceMetrics {

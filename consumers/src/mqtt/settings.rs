@@ -4,43 +4,49 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use ingest::settings::{DatabaseSettings, IngestSettings};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
 use service::secret::Secret;
 use service::settings::Settings;
+use service::traces::TraceSettings;
 use wire::mqtt::MqttSettings;
 
 /// All sections `mqtt-consumer` reads.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MqttConsumerSettings {
     pub log: LogSettings,
     pub http: HttpSettings,
+    pub traces: TraceSettings,
     pub database: DatabaseSettings,
     pub mqtt: MqttSettings<Secret>,
     pub ingest: IngestSettings,
     pub mqtt_consumer: ConsumerSettings,
 }
 
-/// Section `[mqtt_consumer]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// What `mqtt-consumer` subscribes to, and how.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConsumerSettings {
-    /// Names the session the broker keeps while the consumer is away. Stable over restarts, unique among consumers.
+    /// Names the session in which the broker keeps messages while the consumer is away: stable over restarts, unique.
     pub client_id: String,
-    /// What to subscribe to. For several consumers `$share/NAME/og/field/#`.
+    /// What to subscribe to. For several consumers `$share/NAME/og/field/#`; one that is not started again must leave:
+    /// `mqtt-consumer --leave` (docs/outages.md).
     pub filter: String,
     /// Messages the broker may have outstanding towards this consumer.
     pub receive_maximum: u16,
-    /// Largest packet the broker may send. Larger than what the broker accepts from devices, or the broker would drop
-    /// messages in silence.
+    /// Largest packet the broker may send; above its own limit, or it would drop larger ones in silence.
+    #[schemars(with = "String", extend("format" = "size"))]
     pub max_packet: ByteSize,
-    /// How long the broker keeps the session without a connection.
+    /// How long the broker keeps the session of an absent consumer.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub session_expiry: Duration,
     /// Longest drain after SIGTERM. What is not committed then stays with the broker.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
     /// Bring the schema up to date at start.
     pub migrate: bool,
@@ -61,10 +67,12 @@ impl Default for ConsumerSettings {
 }
 
 impl Settings for MqttConsumerSettings {
-    const SECTIONS: &'static [&'static str] = &["log", "http", "database", "mqtt", "ingest", "mqtt_consumer"];
+    const SECTIONS: &'static [&'static str] =
+        &["log", "http", "traces", "database", "mqtt", "ingest", "mqtt_consumer"];
 
     fn check(&self) -> Result<(), String> {
         self.log.check()?;
+        self.traces.check()?;
         self.database.check()?;
         self.mqtt.check()?;
         self.ingest.check()?;

@@ -1,6 +1,7 @@
 //! What the RabbitMQ source exports beside `ingest`'s series.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts};
+use service::metrics::Registry;
 
 #[derive(Debug, Clone)]
 pub struct SourceMetrics {

@@ -4,39 +4,45 @@ use std::time::Duration;
 
 use amqp::Broker;
 use ingest::settings::{DatabaseSettings, IngestSettings};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
 use service::settings::Settings;
+use service::traces::TraceSettings;
 
 /// All sections `rabbitmq-consumer` reads.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RabbitConsumerSettings {
     pub log: LogSettings,
     pub http: HttpSettings,
+    pub traces: TraceSettings,
     pub database: DatabaseSettings,
     pub rabbitmq: Broker,
     pub ingest: IngestSettings,
     pub rabbitmq_consumer: ConsumerSettings,
 }
 
-/// Section `[rabbitmq_consumer]`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// How `rabbitmq-consumer` takes messages.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConsumerSettings {
-    /// Messages the broker may have outstanding towards this consumer. A batch holds at most half of them.
+    /// Messages the broker may have outstanding towards this consumer. A batch holds at most half.
     pub prefetch: u16,
-    /// A batch closes when its oldest message has waited so long; instead of `ingest.max_age`, and longer: the more events
-    /// of a session fold into one row, the less Postgres has to do.
+    /// A batch closes when its oldest message has waited so long; instead of `ingest.max_age`, and longer: the more events of
+    /// a session fold into one row, the less Postgres has to do.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub max_age: Duration,
-    /// Messages that cannot be committed for so long go back to the queue, where another consumer may have more luck.
-    /// Below the broker's `consumer_timeout` (30 min), at which it would close the channel.
+    /// What cannot be committed for so long goes back to the queue, where another consumer may have more luck. Below the
+    /// broker's `consumer_timeout` (30 min), at which it would close the channel.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub requeue_after: Duration,
     /// Longest drain after SIGTERM. What is not committed then stays with the broker.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
     /// Bring the schema up to date at start.
     pub migrate: bool,
@@ -70,10 +76,11 @@ impl RabbitConsumerSettings {
 
 impl Settings for RabbitConsumerSettings {
     const SECTIONS: &'static [&'static str] =
-        &["log", "http", "database", "rabbitmq", "ingest", "rabbitmq_consumer"];
+        &["log", "http", "traces", "database", "rabbitmq", "ingest", "rabbitmq_consumer"];
 
     fn check(&self) -> Result<(), String> {
         self.log.check()?;
+        self.traces.check()?;
         self.database.check()?;
         self.rabbitmq.check()?;
         self.ingest.check()?;

@@ -11,3 +11,4 @@ mod outages;
 mod scale_out;
 mod sessions;
 mod source;
+mod traces;

@@ -1,6 +1,7 @@
 //! What an agent exports.
 
-use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts};
+use service::metrics::Registry;
 
 /// The agent's own series.
 #[derive(Debug, Clone)]

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
@@ -12,7 +13,7 @@ use service::settings::Settings;
 use crate::token;
 
 /// What `region-agent` reads.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentSettings {
     pub log: LogSettings,
@@ -20,40 +21,51 @@ pub struct AgentSettings {
     pub region_agent: RegionAgent,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The agent beside each Postgres, which is its parent.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RegionAgent {
     /// Name of this node: its region, its slot, its `application_name`.
     pub node: String,
     /// Data directory of Postgres. Belongs to `account`.
+    #[schemars(extend("format" = "path"))]
     pub data: PathBuf,
     /// Directory of the agent's own, beside the data: what must survive a rebuild of it.
+    #[schemars(extend("format" = "path"))]
     pub state: PathBuf,
     /// Directory of Postgres' programs.
+    #[schemars(extend("format" = "path"))]
     pub bin: PathBuf,
     /// Where the postmaster's standard error goes.
+    #[schemars(extend("format" = "path"))]
     pub postgres_log: PathBuf,
     /// Whom Postgres runs as when the agent is root; ignored otherwise.
     pub account: String,
-    /// Address and port the agent reaches its Postgres at.
+    /// Address at which the agent reaches its Postgres.
     pub host: String,
+    /// Port of its Postgres.
     pub port: u16,
     /// A superuser of this Postgres.
     pub user: String,
+    /// Its password; must be set.
     pub password: Secret,
     /// The role that streams WAL, and by which `pg_rewind` reads.
     pub replication_user: String,
+    /// Its password; must be set.
     pub replication_password: Secret,
     /// What the orchestrator shows with each request. At least 16 characters; no default.
     pub token: Secret,
     /// How often Postgres is asked how it is.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub sample_every: Duration,
     /// How often the primary commits a marker, by which a loss would be seen.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub mark_every: Duration,
     /// Longest fast stop when the agent is asked to end.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
 }
 

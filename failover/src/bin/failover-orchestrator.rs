@@ -21,6 +21,7 @@ use failover::priority;
 use service::health::Health;
 use service::process::Process;
 use service::settings::SettingsArgs;
+use service::traces::Tracer;
 use service::{http, process};
 
 /// Watches the regions' Postgres through their agents, fails over when the primary is gone, and serves the API on
@@ -117,6 +118,7 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
         first_primary: own.first_primary.clone(),
         redis,
         metrics: metrics.clone(),
+        tracer: Tracer::start(&settings.traces, "failover-orchestrator", &registry, &mut process)?,
         asked: questions,
         ready: health.dependency("primary"),
         not_again_before: std::time::Duration::ZERO,

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::Context;
 use jiff::Timestamp;
 use service::health::Dependency;
+use service::traces::Tracer;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -70,6 +71,8 @@ pub struct Engine {
     pub first_primary: String,
     pub redis: Option<Redis>,
     pub metrics: Metrics,
+    /// Is told of each change of the primary.
+    pub tracer: Tracer,
     pub asked: mpsc::Receiver<Asked>,
     pub ready: Dependency,
     /// After a failover that failed none begins by itself before this time of the watch.

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry,
 };
+use service::metrics::Registry;
 
 use crate::history::Entry;
 use crate::operation::Kind;
@@ -14,7 +14,7 @@ use crate::state::{Mode, State};
 
 const ROLES: [&str; 7] = ["primary", "standby", "stopped", "starting", "stopping", "rebuilding", "unknown"];
 
-fn name(kind: Kind) -> String {
+pub(super) fn name(kind: Kind) -> String {
     format!("{kind:?}").to_lowercase()
 }
 
@@ -223,6 +223,7 @@ mod tests {
         operation.steps.push(crate::operation::StepRecord {
             number: 1,
             action: "promote".into(),
+            started_at: None,
             duration_ms: 120.0,
             status: "done".into(),
             detail: String::new(),

@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
 use service::secret::Secret;
 use service::settings::Settings;
+use service::traces::TraceSettings;
 
 use crate::decide::Rules;
 use crate::protocol::{Node, Upstream};
@@ -17,19 +19,22 @@ use crate::token;
 use crate::view::Policy;
 
 /// What `failover-orchestrator` reads.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OrchestratorSettings {
     pub log: LogSettings,
     pub http: HttpSettings,
+    pub traces: TraceSettings,
     pub orchestrator: Orchestrator,
     pub redis: RedisSettings,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Who is watched, and how callers show that they may change something.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Orchestrator {
     /// Directory of state and history. Two orchestrators must not share one; the second refuses to start.
+    #[schemars(extend("format" = "path"))]
     pub dir: PathBuf,
     /// All nodes: `name=POSTGRES_HOST:PORT/AGENT_HOST:PORT`, separated by commas.
     pub nodes: String,
@@ -41,18 +46,22 @@ pub struct Orchestrator {
     pub agent_token: Secret,
     /// A role that may log in to database `postgres`, for our own probes. Needs no rights.
     pub monitor_user: String,
+    /// Its password.
     pub monitor_password: Secret,
-    /// `available`: acknowledge with one copy right after a failover; `two_copies`: only when a standby has it too.
+    /// After a failover: acknowledge with one copy (`available`), or only when a standby has it too (`two_copies`).
     pub copies: Copies,
-    /// Limits by which evidence is judged.
     pub policy: Policy,
     /// How often each agent answers although nothing has changed.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub heartbeat: Duration,
+    /// How often each Postgres is asked by ourselves whether it answers.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub probe_every: Duration,
     /// Longest wait for tasks when asked to end.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
     /// Requests that change something, per minute.
     pub max_requests_per_minute: u32,
@@ -78,17 +87,19 @@ impl Default for Orchestrator {
     }
 }
 
-/// Redis behind Sentinel. Empty `sentinels`: there is none.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Redis behind Sentinel, which follows the region.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RedisSettings {
-    /// `host:port` of each Sentinel, separated by commas.
+    /// `host:port` of each Sentinel, separated by commas. Empty: there is no Redis.
     pub sentinels: String,
     /// Name of the master in the Sentinels.
     pub master: String,
     /// Which Redis belongs to which region: `name=host:port`, separated by commas.
     pub instances: String,
+    /// Password of Redis.
     pub password: Secret,
+    /// Password of the Sentinels.
     pub sentinel_password: Secret,
 }
 
@@ -177,10 +188,11 @@ impl RedisSettings {
 }
 
 impl Settings for OrchestratorSettings {
-    const SECTIONS: &'static [&'static str] = &["log", "http", "orchestrator", "redis"];
+    const SECTIONS: &'static [&'static str] = &["log", "http", "traces", "orchestrator", "redis"];
 
     fn check(&self) -> Result<(), String> {
         self.log.check()?;
+        self.traces.check()?;
         let own = &self.orchestrator;
         token::check("orchestrator.token", &own.token)?;
         token::check("orchestrator.agent_token", &own.agent_token)?;

@@ -13,4 +13,5 @@ mod planned;
 mod redis;
 mod refusals;
 mod restarts;
+mod traces;
 mod unplanned;

@@ -44,7 +44,12 @@ async fn a_cancelled_wait_for_the_standby_is_not_a_commit() {
     };
     let (outcome, ()) = tokio::join!(fixture.try_commit(&mut batch, Duration::from_secs(30)), cancel);
     assert!(matches!(outcome, Err(WriteError::Retry(_))), "{outcome:?}");
-    assert_eq!(fixture.readings().await, 10, "on the primary, and nowhere else");
+    // The server's warning comes a moment before the rows can be seen.
+    let deadline = Instant::now() + PATIENCE;
+    while fixture.readings().await != 10 {
+        assert!(Instant::now() < deadline, "they are on the primary, and nowhere else");
+        sleep(Duration::from_millis(10)).await;
+    }
 
     fixture.cluster.standby_mut().resume();
     let committed = fixture.try_commit(&mut batch, PATIENCE).await.unwrap();

@@ -149,7 +149,7 @@ impl Floor {
             .await?
             .batch_execute("TRUNCATE user_sessions, site_activity")
             .await?;
-        let launch = Launch::new("rabbitmq-consumer").envs(self.cluster.environment());
+        let launch = Launch::new("rabbitmq-consumer").envs(self.cluster.writer_environment());
         let launch = launch.envs(self.broker.environment()).set("rabbitmq.queue", &broker.queue);
         let launch = launch.set("rabbitmq_consumer.prefetch", self.prefetch);
         let mut consumer = launch.start(self.scratch.path()).await?;

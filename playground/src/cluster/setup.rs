@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use super::Options;
 use crate::port::Port;
 use crate::postgres::{DATABASE, Passwords, Postgres, Role};
+use crate::shipped;
 
 /// Who the failover orchestrator, if there was one, has made the primary.
 pub(super) fn recorded_primary(dir: &Path) -> Option<String> {
@@ -28,28 +29,18 @@ pub(super) fn nodes(dir: &Path, options: &Options, passwords: &Passwords) -> any
         .collect()
 }
 
+/// Database and roles as a deployment has them: by the same file.
 pub(super) async fn create_roles(primary: &Postgres, passwords: &Passwords) -> anyhow::Result<()> {
+    let roles = shipped::config("postgres/roles.sql")?;
     let db = primary.admin().await?;
-    // The passwords are hexadecimal digits of our own making: nothing to quote. Each has what it needs and no more: none
-    // is a superuser, makes roles or databases; only the replicator streams WAL.
-    for (role, rights) in [
-        (Role::Owner, ""),
-        (Role::Replicator, "REPLICATION"),
-        (Role::Monitor, "IN ROLE pg_monitor"),
-        (Role::Reader, "IN ROLE pg_read_all_data"),
-    ] {
-        let (name, password) = (role.name(), passwords.of(role));
-        db.batch_execute(&format!("CREATE ROLE {name} LOGIN PASSWORD '{password}' {rights}"))
-            .await
-            .with_context(|| format!("create the role {name}"))?;
+    db.batch_execute(&format!("CREATE DATABASE {DATABASE}")).await.context("create the database")?;
+    let db = primary.connect(Role::Admin).await?;
+    for role in [Role::Owner, Role::Writer, Role::Reader, Role::Monitor, Role::Replicator] {
+        let setting = format!("tier0.{}_password", role.name());
+        let sql = "SELECT set_config($1, $2, false)";
+        db.execute(sql, &[&setting, &passwords.of(role)]).await.context("hand a password in")?;
     }
-    db.batch_execute(&format!("CREATE DATABASE {DATABASE} OWNER {}", Role::Owner.name()))
-        .await
-        .context("create the database")?;
-    let close = format!(
-        "REVOKE ALL ON DATABASE {DATABASE} FROM PUBLIC; GRANT CONNECT ON DATABASE {DATABASE} TO monitor, reader"
-    );
-    db.batch_execute(&close).await.context("close the database to others")
+    db.batch_execute(&roles).await.context("create the roles (config/postgres/roles.sql)")
 }
 
 /// Copies with owners and modes, sharing blocks where the file system can.

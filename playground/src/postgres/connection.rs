@@ -15,8 +15,10 @@ const CONNECT: Duration = Duration::from_secs(5);
 pub enum Role {
     /// The superuser, for setting things up and for looking into the server.
     Admin,
-    /// `tier0`: owner of the database, what our processes use. Not a superuser.
+    /// `tier0`: owner of the database, what mqtt-consumer and our checks use. Not a superuser.
     Owner,
+    /// Adds and changes rows, makes no tables: what rabbitmq-consumer uses.
+    Writer,
     /// Streams WAL.
     Replicator,
     /// Looks at the server's own statistics, for probes and exporters. Sees no table.
@@ -31,6 +33,7 @@ impl Role {
         match self {
             Self::Admin => "postgres",
             Self::Owner => "tier0",
+            Self::Writer => "writer",
             Self::Replicator => "replicator",
             Self::Monitor => "monitor",
             Self::Reader => "reader",
@@ -43,6 +46,8 @@ impl Role {
 pub struct Passwords {
     admin: String,
     owner: String,
+    #[serde(default)]
+    writer: String,
     replicator: String,
     #[serde(default)]
     monitor: String,
@@ -57,6 +62,7 @@ impl Passwords {
         Ok(Self {
             admin: random_word()?,
             owner: random_word()?,
+            writer: random_word()?,
             replicator: random_word()?,
             monitor: random_word()?,
             reader: random_word()?,
@@ -66,7 +72,7 @@ impl Passwords {
     /// Those of an older playground lack some roles.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        !self.monitor.is_empty() && !self.reader.is_empty()
+        [&self.writer, &self.monitor, &self.reader].iter().all(|password| !password.is_empty())
     }
 
     #[must_use]
@@ -74,6 +80,7 @@ impl Passwords {
         match role {
             Role::Admin => &self.admin,
             Role::Owner => &self.owner,
+            Role::Writer => &self.writer,
             Role::Replicator => &self.replicator,
             Role::Monitor => &self.monitor,
             Role::Reader => &self.reader,

@@ -72,7 +72,7 @@ impl Sessions {
         let mut starting = JoinSet::new();
         let with = |part: Part| !args.without.contains(&part);
         let parts = (with(Part::Rabbitmq), with(Part::RabbitmqConsumer), with(Part::UserSimulator));
-        let plan = (dir.to_owned(), cluster.environment(), ledger.clone(), args.seed);
+        let plan = (dir.to_owned(), cluster.writer_environment(), ledger.clone(), args.seed);
         let ending = CancellationToken::new();
         starting.spawn(bring_up(plan, parts, ending.clone()));
         Ok(Self { running: Running::default(), starting, ending, failure: None, ledger, last: None })

@@ -1,5 +1,5 @@
 //! The dashboards of `grafana/` against a living system: every query of every panel answers and shows something; every series
-//! an alert counts on is exported by somebody; no critical alert fires.
+//! an alert counts on is exported by somebody; no critical alert fires; what the pages tell people to ask is answered.
 
 mod ask;
 mod files;
@@ -10,7 +10,11 @@ use std::time::{Duration, Instant};
 
 use ask::{Postgres, Prometheus};
 use files::{Dashboard, Source, dashboards};
+use playground::docs::metrics;
+use playground::http;
 use stage::Stage;
+
+use crate::examples::live;
 
 /// From the start of the system to the last empty panel. Exporters are scraped every 15 s, and a rate needs two samples.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -28,6 +32,9 @@ struct Question {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_panel_of_every_dashboard_shows_something() {
     let dashboards = dashboards();
+    let registries = metrics::registries().unwrap();
+    // Made in a thread of their own: they start a runtime.
+    let asks = tokio::task::spawn_blocking(crate::examples::asks).await.unwrap();
     let stage = Stage::start().await;
     let prometheus = Prometheus { port: stage.monitoring.port() };
     let postgres = Postgres { db: stage.reader().await };
@@ -89,6 +96,19 @@ async fn every_panel_of_every_dashboard_shows_something() {
         assert!(!firing, "{} fires in a healthy system: {}", rule.name, rule.query);
     }
     assert!(missing.is_empty(), "rules count on series that nobody exports: {missing:?}");
+
+    // docs/metrics.md is made from what the components register: whatever the processes serve must be among that.
+    let described: BTreeSet<String> =
+        registries.iter().flat_map(|(_, registry)| registry.series()).map(|series| series.name).collect();
+    for process in stage.processes() {
+        let served = http::get(process, "/metrics").await.unwrap().1;
+        let served: BTreeSet<&str> =
+            served.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+        assert!(served.len() > 8, "{served:?}");
+        let unknown: Vec<&&str> = served.iter().filter(|name| !described.contains(**name)).collect();
+        assert!(unknown.is_empty(), "docs/metrics.md lacks {unknown:?}: see playground/src/docs/metrics.rs");
+    }
+    live::ask(&asks, stage.cluster(), &stage.token(), |port| stage.port(port)).await;
     stage.stop().await;
 }
 

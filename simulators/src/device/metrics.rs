@@ -1,9 +1,10 @@
 //! What `/metrics` says about the simulator. Never a label per device or connection.
 
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts,
     process_collector::ProcessCollector,
 };
+use service::metrics::Registry;
 
 /// Registered once; clones share the series.
 #[derive(Debug, Clone)]

@@ -1,10 +1,12 @@
 //! Section `[device_simulator]`: how many machines, how often, over how many connections, with what trouble.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
@@ -15,7 +17,7 @@ use wire::mqtt::MqttSettings;
 use super::trouble::TroubleSettings;
 
 /// What `device-simulator` reads.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DeviceSimulatorSettings {
     pub log: LogSettings,
@@ -24,22 +26,27 @@ pub struct DeviceSimulatorSettings {
     pub device_simulator: FleetSettings,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The fleet: how many machines, how often, over how many connections.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FleetSettings {
     /// Machines, numbered from 0.
     pub devices: u32,
     /// Each machine publishes once in this time, unless `active` or `rate` say otherwise.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub interval: Duration,
     /// Only this many messages per interval; all machines take their turn.
+    #[schemars(example = 1000)]
     pub active: Option<u32>,
     /// Messages per second over all machines, or `max`: as fast as the broker takes them.
+    #[schemars(example = &"max")]
     pub rate: Option<Rate>,
     /// Readings in one message: above 1 a JSON array, a gateway's buffered upload.
     pub array: u16,
     /// Time between two readings of one array.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub array_spacing: Duration,
     /// MQTT quality of service, 0 or 1.
     pub qos: u8,
@@ -53,32 +60,41 @@ pub struct FleetSettings {
     pub max_in_flight: u16,
     /// Publishing happens in steps this far apart on each connection.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub tick: Duration,
     /// What was due longer ago than this is skipped and counted, not caught up.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub max_behind: Duration,
     /// Stop after this time, counted from the first connection.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "Option<String>", extend("format" = "time"), example = &"60s")]
     pub run_for: Option<Duration>,
     /// Stop after this many messages.
+    #[schemars(example = 1_000_000)]
     pub count: Option<u64>,
     /// Where the ledger goes.
+    #[schemars(extend("format" = "path"), example = &"ledger.json")]
     pub ledger: Option<PathBuf>,
     /// The ledger is also written this often in mid-run, so that a killed simulator leaves a recent one.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub ledger_every: Duration,
     /// Where the final summary goes, as JSON.
+    #[schemars(extend("format" = "path"), example = &"summary.json")]
     pub summary: Option<PathBuf>,
     /// At the end: longest wait for outstanding acknowledgements.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
     /// A broker that owes an answer for this long is given up and connected to again.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub answer_timeout: Duration,
     /// Longest wait between two tries to connect.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub max_backoff: Duration,
-    /// `device_simulator.trouble`: rates of deliberately bad messages.
     pub trouble: TroubleSettings,
 }
 
@@ -191,6 +207,16 @@ pub enum Rate {
 impl Rate {
     fn per_second(rate: f64) -> Option<Self> {
         (rate.is_finite() && rate > 0.0).then_some(Self::PerSecond(rate))
+    }
+}
+
+impl JsonSchema for Rate {
+    fn schema_name() -> Cow<'static, str> {
+        "Rate".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": ["number", "string"], "format": "rate" })
     }
 }
 

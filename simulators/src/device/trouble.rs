@@ -6,13 +6,14 @@
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::settings::OVERSIZE;
 use crate::seeds::{join, mix};
 
-/// Rates are fractions of all messages, 0 to 1, together at most 1.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// Bad messages on purpose. Rates are fractions of all messages, 0 to 1, together at most 1.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TroubleSettings {
     /// Cut off, no JSON at all, or not even UTF-8.
@@ -38,14 +39,24 @@ pub struct TroubleSettings {
     pub late: f64,
     /// A good reading that is published once more, unchanged, after `duplicate_after`.
     pub duplicate: f64,
+    /// Size of a `too_large` payload.
+    #[schemars(with = "String", extend("format" = "size"))]
     pub oversize: ByteSize,
+    /// How old a `too_old` reading is.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub too_old_by: Duration,
+    /// How far ahead of the clock a `far_future` reading is.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub far_future_by: Duration,
+    /// How late a `late` reading is.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub late_by: Duration,
+    /// How long after the first a `duplicate` is published again.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub duplicate_after: Duration,
 }
 

@@ -1,6 +1,7 @@
 //! What `/metrics` says about the simulator. Never a label per user.
 
-use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge, Registry};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntGauge};
+use service::metrics::Registry;
 
 /// Registered once; clones share the series.
 #[derive(Debug, Clone)]

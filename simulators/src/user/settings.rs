@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use amqp::Broker;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
 use service::logs::LogSettings;
@@ -13,7 +14,7 @@ use super::trouble::TroubleSettings;
 use crate::device::settings::Rate;
 
 /// What `user-simulator` reads.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct UserSimulatorSettings {
     pub log: LogSettings,
@@ -22,7 +23,8 @@ pub struct UserSimulatorSettings {
     pub user_simulator: UserSettings,
 }
 
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// The users: how many, how often.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct UserSettings {
     /// Users, numbered from 0, dealt out to the ten sites.
@@ -35,29 +37,37 @@ pub struct UserSettings {
     pub max_in_flight: usize,
     /// Publishing happens in steps this far apart.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub tick: Duration,
     /// What was due longer ago than this is skipped and counted, not caught up.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub max_behind: Duration,
     /// Stop after this time, counted from the first connection.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "Option<String>", extend("format" = "time"), example = &"60s")]
     pub run_for: Option<Duration>,
     /// Stop after this many messages.
+    #[schemars(example = 1_000_000)]
     pub count: Option<u64>,
     /// Where the ledger goes.
+    #[schemars(extend("format" = "path"), example = &"sessions.json")]
     pub ledger: Option<PathBuf>,
     /// The ledger is also written this often in mid-run.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub ledger_every: Duration,
     /// Where the final summary goes, as JSON.
+    #[schemars(extend("format" = "path"), example = &"summary.json")]
     pub summary: Option<PathBuf>,
     /// At the end: longest wait for outstanding confirms.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
     /// Longest wait between two tries to connect.
     #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
     pub max_backoff: Duration,
-    /// `user_simulator.trouble`: rates of deliberate trouble.
     pub trouble: TroubleSettings,
 }
 

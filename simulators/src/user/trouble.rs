@@ -1,11 +1,12 @@
 //! Deliberate trouble: messages that are late, repeated or malformed. Drawn by seed and message number.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::seeds::{join, mix, unit};
 
-/// Rates are fractions of all messages, 0 to 1, together at most 1.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+/// Trouble on purpose. Rates are fractions of all messages, 0 to 1, together at most 1.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TroubleSettings {
     /// Good, but published after later ones.

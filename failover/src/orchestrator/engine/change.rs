@@ -13,6 +13,7 @@ use crate::hands::Hands;
 use crate::history::Entry;
 use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord};
 use crate::orchestrator::checks::{self, Question};
+use crate::orchestrator::trace;
 use crate::protocol::Node;
 use crate::state::{Copies, State};
 
@@ -92,8 +93,7 @@ impl Engine {
                 },
                 Err(error) => ("failed", format!("{error:#}")),
             };
-            let duration_ms = started.elapsed().as_secs_f64() * 1000.0;
-            Some(StepRecord { number: 0, action: "redis".into(), duration_ms, status: status.into(), detail })
+            Some(StepRecord::new(0, "redis", started, status, detail))
         };
         tokio::pin!(redis);
         tokio::pin!(run);
@@ -153,6 +153,7 @@ impl Engine {
         self.remote.save(state)?;
         self.remote.passed("closed");
         self.metrics.finished(&entry);
+        self.tracer.record(true, || trace::tell(&entry));
         // What was ordered before the change says nothing about after it.
         self.remote.watched.revise(|view| view.nodes.values_mut().for_each(|seen| seen.failed = None));
         Ok(entry)

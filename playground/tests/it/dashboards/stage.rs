@@ -41,7 +41,7 @@ impl Stage {
         let (mosquitto, rabbitmq) = (mosquitto.unwrap(), rabbitmq.unwrap());
         let launches = [
             Launch::new("mqtt-consumer").envs(cluster.environment()).envs(mosquitto.environment()),
-            Launch::new("rabbitmq-consumer").envs(cluster.environment()).envs(rabbitmq.environment()),
+            Launch::new("rabbitmq-consumer").envs(cluster.writer_environment()).envs(rabbitmq.environment()),
             Launch::new("device-simulator").envs(mosquitto.environment()).args([
                 "--devices",
                 "2000",
@@ -86,6 +86,34 @@ impl Stage {
         let primary = self.cluster.primary().name();
         let standby = self.cluster.nodes.iter().find(|node| node.name() != primary).unwrap();
         standby.connect(Role::Reader).await.unwrap()
+    }
+
+    pub(super) fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    pub(super) fn token(&self) -> String {
+        self.regions.token().unwrap()
+    }
+
+    /// Where our processes serve.
+    pub(super) fn processes(&self) -> Vec<u16> {
+        let managers = self.regions.agents.iter().chain([&self.regions.orchestrator]);
+        self.programs.iter().chain(managers).map(Program::port).collect()
+    }
+
+    /// What a port of the contract is here.
+    pub(super) fn port(&self, port: u16) -> Option<u16> {
+        let program =
+            |name: &str| self.programs.iter().find(|program| program.name() == name).map(Program::port);
+        match port {
+            8003 => Some(self.regions.orchestrator.port()),
+            8101 | 8102 => self.regions.agents.get(usize::from(port - 8101)).map(Program::port),
+            9090 => Some(self.monitoring.port()),
+            9101 => program("mqtt-consumer"),
+            9103 => program("rabbitmq-consumer"),
+            _ => None,
+        }
     }
 
     pub(super) async fn stop(self) {

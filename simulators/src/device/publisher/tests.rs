@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use bytes::BytesMut;
-use prometheus::Registry;
 use rumqttc::v5::mqttbytes::v5::{Packet, Publish};
+use service::metrics::Registry;
 
 use super::*;
 use crate::device::settings::Rate;
