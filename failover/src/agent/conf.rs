@@ -68,11 +68,12 @@ impl Conf {
         &self.passfile
     }
 
-    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is.
+    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is. True when that changed
+    /// the file.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<()> {
+    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<bool> {
         let path = self.data.join("postgresql.auto.conf");
         let before = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -88,8 +89,12 @@ impl Conf {
         for (key, value) in OURS.into_iter().zip(values).take(kept) {
             text.push_str(&format!("{key} = '{}'\n", value.replace('\'', "''")));
         }
-        // As it is it was flushed by whoever wrote it. A promotion writes what the detaching before it wrote: two flushes less.
-        if text == before { Ok(()) } else { self.replace(&path, text.as_bytes()) }
+        // As it is it was flushed by whoever wrote it. A promotion writes what the detaching before it wrote: two flushes
+        // and a reload less.
+        if text == before {
+            return Ok(false);
+        }
+        self.replace(&path, text.as_bytes()).map(|()| true)
     }
 
     /// Whether the next start is as a standby.
@@ -292,7 +297,8 @@ mod tests {
         .unwrap();
         let upstream = Upstream { host: "h".into(), port: 7 };
         conf.write(Some(&upstream), Some("FIRST 1 (\"region2\")")).unwrap();
-        conf.write(None, None).unwrap();
+        assert!(conf.write(None, None).unwrap());
+        assert!(!conf.write(None, None).unwrap(), "as it was");
         let text = std::fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
         assert_eq!(
             text,

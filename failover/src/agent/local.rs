@@ -174,6 +174,18 @@ impl Session {
         })
     }
 
+    /// The least that can be asked.
+    ///
+    /// # Errors
+    /// When there is no answer within `limit`.
+    pub async fn is_in_recovery(&self, limit: Duration) -> anyhow::Result<bool> {
+        let row = timeout(limit, self.client.query_one("SELECT pg_is_in_recovery()", &[]))
+            .await
+            .map_err(|_| anyhow!("no answer within {limit:?}"))?
+            .context("ask whether it recovers")?;
+        row.try_get(0).context("read the answer")
+    }
+
     /// Runs statements, at most so long.
     ///
     /// # Errors

@@ -171,9 +171,9 @@ impl Postgres {
         wait_for: Option<&BTreeSet<Node>>,
     ) -> anyhow::Result<()> {
         let names = wait_for.map(names);
-        self.conf.write(upstream, names.as_deref())?;
+        let changed = self.conf.write(upstream, names.as_deref())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
-        if self.signal(Signal::SIGHUP) {
+        if changed && self.signal(Signal::SIGHUP) {
             tracing::debug!(?upstream, names, "configuration written and reloaded");
         }
         Ok(())

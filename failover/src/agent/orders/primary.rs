@@ -64,6 +64,11 @@ impl Orders {
         asked: &mut bool,
     ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
         let session = self.ready.take().await?;
+        // Asked every few milliseconds on a busy machine: the whole sample only when it is time.
+        if *asked && session.1.is_in_recovery(QUERY).await? {
+            self.ready.put(session);
+            return Ok(None);
+        }
         let sample = session.1.sample(QUERY).await?;
         if sample.wait_for != *wait_for {
             self.ready.put(session);
