@@ -291,6 +291,10 @@ async fn carry_on<H: Hands>(
                     let above = operation.timeline_before;
                     state.hand_over(&operation.target, operation.wait_for_after.clone(), above);
                 }
+                if step == Step::Promote {
+                    // A promotion that was cut short may have used numbers in between.
+                    state.above = state.above.max(operation.timeline_after.saturating_sub(1));
+                }
                 state.operation = Some(operation.clone());
                 // The decision follows at once and is made durable with it; until then both are undone alike.
                 if step != Step::Fence {

@@ -70,6 +70,12 @@ pub fn after(state: &mut State, action: &Action, epoch: u64, status: &NodeStatus
             state.confirm(node);
             true
         }
+        Action::Lead { .. } if epoch == state.epoch && status.is_writable() => {
+            let above = status.sample.as_ref().map_or(0, |sample| sample.timeline.saturating_sub(1));
+            let higher = above > state.above;
+            state.above = state.above.max(above);
+            higher
+        }
         _ => false,
     }
 }

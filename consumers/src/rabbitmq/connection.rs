@@ -15,6 +15,7 @@ use lapin::options::{
 };
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
+use tokio::time::error::Elapsed;
 use tokio::time::{Instant, timeout};
 
 /// Handed to the writers at once: enough to share the cost, few enough to begin soon.
@@ -163,16 +164,17 @@ impl Connection {
 
     /// Says goodbye; what is unacknowledged goes back to the queue.
     pub async fn close(self, patience: Duration) {
-        let goodbye = async {
-            // The channel first: its broker's process answers when it has taken in every acknowledgement before.
-            self.channel.close(200, "OK".into()).await?;
-            self.inner.close(200, "OK".into()).await
-        };
-        match timeout(patience, goodbye).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "goodbye not sent"),
-            Err(_) => tracing::debug!("goodbye not answered in time"),
-        }
+        // The channel first: its process at the broker answers when it has taken in every acknowledgement before.
+        said(timeout(patience, self.channel.close(200, "OK".into())).await);
+        said(timeout(patience, self.inner.close(200, "OK".into())).await);
+    }
+}
+
+fn said(goodbye: Result<Result<(), lapin::Error>, Elapsed>) {
+    match goodbye {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "goodbye not sent"),
+        Err(_) => tracing::debug!("goodbye not answered in time"),
     }
 }
 

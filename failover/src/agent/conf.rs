@@ -68,33 +68,33 @@ impl Conf {
         &self.passfile
     }
 
-    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is. True when that changed
-    /// the file.
+    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<bool> {
+    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<()> {
         let path = self.data.join("postgresql.auto.conf");
         let before = match std::fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
-        let kept = if names.is_some() { OURS.len() } else { OURS.len() - 1 };
-        let ours = |line: &&str| OURS.iter().take(kept).any(|key| line.trim_start().starts_with(key));
-        let mut text: String =
-            before.lines().filter(|line| !ours(line)).map(|line| format!("{line}\n")).collect();
-        let conninfo = upstream.map(|upstream| self.conninfo(upstream)).unwrap_or_default();
-        let values = [conninfo.as_str(), self.node.as_str(), names.unwrap_or_default()];
-        for (key, value) in OURS.into_iter().zip(values).take(kept) {
-            text.push_str(&format!("{key} = '{}'\n", value.replace('\'', "''")));
+        let is = |line: &str, key: &str| line.trim_start().starts_with(key);
+        let foreign = before.lines().filter(|line| !OURS.iter().any(|key| is(line, key)));
+        let mut text: String = foreign.map(|line| format!("{line}\n")).collect();
+        let set = |key: &str, value: &str| format!("{key} = '{}'\n", value.replace('\'', "''"));
+        // In this order whatever changes, so that the same content is the same text.
+        let [follows, slot, waits] = OURS;
+        text += &set(follows, &upstream.map(|upstream| self.conninfo(upstream)).unwrap_or_default());
+        text += &set(slot, &self.node);
+        match names {
+            Some(names) => text += &set(waits, names),
+            None => {
+                text.extend(before.lines().filter(|line| is(line, waits)).map(|line| format!("{line}\n")))
+            }
         }
-        // As it is it was flushed by whoever wrote it. A promotion writes what the detaching before it wrote: two flushes
-        // and a reload less.
-        if text == before {
-            return Ok(false);
-        }
-        self.replace(&path, text.as_bytes()).map(|()| true)
+        // As it is it was flushed by whoever wrote it. A promotion writes what the detaching before it wrote: two flushes less.
+        if text == before { Ok(()) } else { self.replace(&path, text.as_bytes()) }
     }
 
     /// Whether the next start is as a standby.
@@ -234,6 +234,8 @@ pub fn parse_names(text: &str) -> BTreeSet<Node> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
     use service::secret::Secret;
 
@@ -297,14 +299,17 @@ mod tests {
         .unwrap();
         let upstream = Upstream { host: "h".into(), port: 7 };
         conf.write(Some(&upstream), Some("FIRST 1 (\"region2\")")).unwrap();
-        assert!(conf.write(None, None).unwrap());
-        assert!(!conf.write(None, None).unwrap(), "as it was");
+        conf.write(None, None).unwrap();
         let text = std::fs::read_to_string(data.join("postgresql.auto.conf")).unwrap();
         assert_eq!(
             text,
-            "# Do not edit\nwork_mem = '1GB'\nsynchronous_standby_names = 'FIRST 1 (\"region2\")'\n\
-             primary_conninfo = ''\nprimary_slot_name = 'region1'\n"
+            "# Do not edit\nwork_mem = '1GB'\nprimary_conninfo = ''\nprimary_slot_name = 'region1'\n\
+             synchronous_standby_names = 'FIRST 1 (\"region2\")'\n"
         );
+        let written = || std::fs::metadata(data.join("postgresql.auto.conf")).unwrap().ino();
+        let before = written();
+        conf.write(None, Some("FIRST 1 (\"region2\")")).unwrap();
+        assert_eq!(written(), before, "a promotion that waits for the same ones writes nothing");
         assert!(std::fs::read_to_string(conf.passfile()).unwrap().ends_with(":replicator:p\\:w\n"));
         conf.mark_standby(true).unwrap();
         assert!(conf.is_standby());

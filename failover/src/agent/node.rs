@@ -90,10 +90,7 @@ impl Postgres {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        let control = self.control().await.unwrap_or_else(|error| {
-            tracing::warn!(error = format!("{error:#}"), "no usable data; a clone is needed");
-            None
-        });
+        let control = self.clone_for_tools().settled_control().await;
         self.shared.postmaster(Postmaster::Stopped { exit: None, clean: false, settled: true }, control);
         Ok(())
     }
@@ -171,9 +168,9 @@ impl Postgres {
         wait_for: Option<&BTreeSet<Node>>,
     ) -> anyhow::Result<()> {
         let names = wait_for.map(names);
-        let changed = self.conf.write(upstream, names.as_deref())?;
+        self.conf.write(upstream, names.as_deref())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
-        if changed && self.signal(Signal::SIGHUP) {
+        if self.signal(Signal::SIGHUP) {
             tracing::debug!(?upstream, names, "configuration written and reloaded");
         }
         Ok(())
@@ -241,11 +238,8 @@ impl Postgres {
             if let Err(error) = procs::sweep(&tool.settings.data).await {
                 tracing::error!(error = format!("{error:#}"), "children of the postmaster stay");
             }
-            let control = tool
-                .control()
-                .await
-                .map_err(|error| tracing::warn!(error = format!("{error:#}"), "no control data"));
-            shared.control(life, control.ok().flatten());
+            let control = tool.settled_control().await;
+            shared.control(life, control);
         });
         Ok(())
     }

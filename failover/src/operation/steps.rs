@@ -132,9 +132,14 @@ async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Re
         format!("{} is stopped", operation.source)
     } else if best.is_some() {
         format!("{} can acknowledge nothing: its standby is detached", operation.source)
-    } else {
+    } else if operation.sync_set_before.is_empty() {
         format!(
             "{} could not be reached and was waiting for nobody: IT MAY STILL ACKNOWLEDGE",
+            operation.source
+        )
+    } else {
+        format!(
+            "neither {} nor those it waits for could be reached: IT MAY STILL ACKNOWLEDGE",
             operation.source
         )
     };
@@ -159,10 +164,8 @@ async fn detach<H: Hands>(
             None => orders.next().await,
         };
         let Some((node, answer)) = answer else { break };
-        let suffices = match operation.kind {
-            Kind::Forced => node == operation.target,
-            _ => operation.sync_set_before.contains(&node),
-        };
+        // A forced one may concern a node that nobody waits for: then only everybody's answer makes a fence.
+        let suffices = operation.kind != Kind::Forced && operation.sync_set_before.contains(&node);
         if suffices && answer.as_ref().is_ok_and(|status| received(status).is_some()) {
             until = until.or(Some(Instant::now() + GRACE));
         }

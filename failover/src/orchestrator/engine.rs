@@ -264,12 +264,11 @@ impl Engine {
                 let alone = self.remote.watched.view().condition(&state.primary, now, &self.rules.policy)
                     != Condition::Alive;
                 let overtaken = epoch != state.epoch
-                    || alone
                     || matches!(&error, OrderError::Refused { code, .. } if code == "superseded" || code == "old_epoch");
                 self.remote.watched.note(&node, |seen| {
                     seen.busy = false;
                     if let (Action::Rejoin { how, .. }, OrderError::Refused { code, .. }, false) =
-                        (&action, &error, overtaken)
+                        (&action, &error, overtaken || alone)
                     {
                         // Nothing but a clone brings WAL back.
                         seen.failed = Some(if code == "wal_gone" { Rejoin::Rewind.max(*how) } else { *how });

@@ -332,7 +332,9 @@ impl Publisher {
                 match tokio::time::timeout(WATCH, &mut published).await {
                     Ok(outcomes) => break Some(outcomes),
                     // An alarm that came in the middle of it: the frames wait in the client and go out when it is over.
-                    Err(_) if connection.status().blocked() && !ending.is_cancelled() => {
+                    Err(_)
+                        if connection.status().blocked() && !ending.is_cancelled() && !self.is_finished() =>
+                    {
                         self.metrics.blocked.set(1);
                         since = Instant::now();
                     }

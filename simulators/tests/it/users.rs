@@ -182,7 +182,7 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
 async fn a_broker_that_is_out_of_memory_is_waited_for() {
     let users = Users::new().await;
     let args =
-        ["--rate", "1000", "--count", "6000", "--users", "200", "--set", "user_simulator.max_behind=60s"];
+        ["--rate", "1000", "--count", "10000", "--users", "200", "--set", "user_simulator.max_behind=60s"];
     let mut simulator = users.start(&args).await;
     until(&simulator, |metrics| metrics.count("user_simulator_confirmed_total") >= 1000).await;
     users.broker.control(&["set_vm_memory_high_watermark", "absolute", "1MB"]).await.unwrap();
@@ -191,13 +191,16 @@ async fn a_broker_that_is_out_of_memory_is_waited_for() {
     sleep(Duration::from_secs(12)).await;
     let blocked = simulator.metrics().await.unwrap();
     assert_eq!(blocked.sum("user_simulator_blocked"), 1.0);
-    assert!(blocked.count("user_simulator_confirmed_total") < 6000);
+    assert!(blocked.count("user_simulator_confirmed_total") < 10_000);
     users.broker.control(&["set_vm_memory_high_watermark", "0.4"]).await.unwrap();
     assert!(simulator.wait(PATIENCE).await.unwrap().success());
     let ledger = users.ledger();
     let messages = users.drained().await;
     // The same connection throughout: nothing had to be published twice.
-    assert_eq!((ledger.complete, ledger.confirmed, ledger.repeated, messages.len()), (true, 6000, 0, 6000));
+    assert_eq!(
+        (ledger.complete, ledger.confirmed, ledger.repeated, messages.len()),
+        (true, 10_000, 0, 10_000)
+    );
     agree(&ledger, &messages);
 }
 

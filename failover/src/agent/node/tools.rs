@@ -20,6 +20,9 @@ use crate::priority;
 use crate::protocol::{Control, Upstream};
 
 const TOOL: Duration = Duration::from_secs(10);
+/// Half a minute of failures that come at once, five of timeouts.
+const READS: u32 = 30;
+const READ_AGAIN: Duration = Duration::from_secs(1);
 
 impl Postgres {
     pub(super) async fn rewind(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
@@ -87,6 +90,26 @@ pub(super) struct Tools {
 }
 
 impl Tools {
+    /// What the control file says, and none when there is no data. A machine that is too busy to start a program must not
+    /// look like one whose data is gone, since that is cloned: it is asked again, and given up only when it never answers.
+    pub(super) async fn settled_control(&self) -> Option<Control> {
+        let mut left = READS;
+        loop {
+            match self.control().await {
+                Ok(control) => return control,
+                Err(error) if left == 0 => {
+                    tracing::error!(error = format!("{error:#}"), "no usable data; a clone is needed");
+                    return None;
+                }
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "control file not read; trying again")
+                }
+            }
+            left -= 1;
+            tokio::time::sleep(READ_AGAIN).await;
+        }
+    }
+
     pub(super) async fn control(&self) -> anyhow::Result<Option<Control>> {
         if self.half_built || !self.settings.data.join("global/pg_control").exists() {
             return Ok(None);

@@ -1,7 +1,6 @@
 //! The orders that make a primary, and those to one.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use tokio::time::{Instant, sleep, timeout};
@@ -40,7 +39,7 @@ impl Orders {
         loop {
             self.check(number, deadline)?;
             self.not_ended(&self.status())?;
-            match self.try_lead(wait_for, hurdle, above, &mut asked).await {
+            match self.try_lead(number, wait_for, hurdle, above, deadline, &mut asked).await {
                 Ok(Some((session, sample))) => {
                     self.node.set_estranged(false)?;
                     make_slots(&session.1, slots).await?;
@@ -58,9 +57,11 @@ impl Orders {
     /// One look; promotes once when it is time.
     async fn try_lead(
         &self,
+        number: u64,
         wait_for: &BTreeSet<Node>,
         hurdle: bool,
         above: u32,
+        deadline: Instant,
         asked: &mut bool,
     ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
         let session = self.ready.take().await?;
@@ -82,8 +83,10 @@ impl Orders {
         }
         if !*asked {
             if hurdle {
-                session.1.run("CHECKPOINT", Duration::from_secs(60)).await?;
+                session.1.run("CHECKPOINT", deadline.saturating_duration_since(Instant::now())).await?;
             }
+            // Whatever was ordered meanwhile comes first.
+            let _turn = self.lock(number, deadline).await.map_err(|refusal| anyhow!(refusal.message))?;
             self.node.conf().take_timelines(sample.timeline, above)?;
             session.1.run("SELECT pg_promote(false)", QUERY).await?;
             *asked = true;

@@ -78,7 +78,9 @@ impl Engine {
                 .await
                 .ok()?;
             let started = Instant::now();
-            let (status, detail) = match redis.follow(target).await {
+            // The fence may have chosen another one than was asked for; the decision is durable by now.
+            let decided = self.remote.state().map_or_else(|| target.to_owned(), |state| state.primary);
+            let (status, detail) = match redis.follow(&decided).await {
                 Ok(moved) => match moved.is_master.zip(moved.sentinel_agrees) {
                     Some((master, agrees)) => (
                         "done",

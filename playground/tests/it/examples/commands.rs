@@ -12,7 +12,7 @@ use super::live::{Ask, What};
 use super::shell;
 
 /// The machine's own, in pipes and loops; nothing of ours that could be wrong.
-const FOREIGN: [&str; 31] = [
+const FOREIGN: [&str; 32] = [
     "awk",
     "base64",
     "cat",
@@ -22,6 +22,7 @@ const FOREIGN: [&str; 31] = [
     "dmesg",
     "do",
     "done",
+    "du",
     "for",
     "free",
     "git",

@@ -33,7 +33,9 @@ impl Ask {
 /// Asks everything. `ports` gives for a port of the contract the one that is used here.
 pub(crate) async fn ask(asks: &[Ask], cluster: &Cluster, token: &str, ports: impl Fn(u16) -> Option<u16>) {
     let mut problems = Vec::new();
-    for ask in asks {
+    // What changes something comes last: a switchover stops a node that others ask.
+    let changes = |ask: &&Ask| matches!(ask.what, What::Http { post: true, .. });
+    for ask in asks.iter().filter(|ask| !changes(ask)).chain(asks.iter().filter(changes)) {
         let outcome = match &ask.what {
             What::Http { post, port, path, body, keys } => match ports(*port) {
                 Some(port) => request(*post, port, path, body, keys, token).await,
