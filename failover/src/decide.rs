@@ -249,4 +249,4 @@ fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -85,3 +85,26 @@ pub fn after(state: &mut State, action: &Action, epoch: u64, status: &NodeStatus
 pub fn slots(rules: &Rules, primary: &str) -> BTreeSet<Node> {
     rules.addresses.keys().filter(|node| *node != primary).cloned().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::decide::tests::{sample, seen};
+    use crate::protocol::Postmaster;
+
+    #[test]
+    fn the_timeline_that_an_order_to_lead_reached_is_never_given_again() {
+        let mut state = State::first("a".into(), "s".into(), BTreeSet::new());
+        let status = |timeline| {
+            let sample = sample(false, timeline, &[], Vec::new());
+            seen("a", Postmaster::Running, Some(sample), None).status.unwrap()
+        };
+        let lead = Action::Lead { node: "a".into(), reason: String::new() };
+        assert!(!after(&mut state, &lead, 1, &status(1)), "nothing new");
+        assert!(after(&mut state, &lead, 1, &status(3)));
+        assert_eq!(state.above, 2);
+        assert!(!after(&mut state, &lead, 0, &status(9)), "of an epoch that is over");
+        assert!(!after(&mut state, &lead, 1, &status(2)));
+        assert_eq!(state.above, 2);
+    }
+}

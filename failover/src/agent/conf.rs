@@ -93,8 +93,12 @@ impl Conf {
                 text.extend(before.lines().filter(|line| is(line, waits)).map(|line| format!("{line}\n")))
             }
         }
-        // As it is it was flushed by whoever wrote it. A promotion writes what the detaching before it wrote: two flushes less.
-        if text == before { Ok(()) } else { self.replace(&path, text.as_bytes()) }
+        if text != before {
+            return self.replace(&path, text.as_bytes());
+        }
+        // A promotion writes what the detaching before it wrote. The content was flushed before it got its name; the name may not
+        // have been.
+        File::open(&self.data).and_then(|dir| dir.sync_all()).context("flush the data directory")
     }
 
     /// Whether the next start is as a standby.

@@ -5,7 +5,8 @@ use crate::protocol::{Attached, Control, NodeStatus, Sample};
 
 const NOW: Duration = Duration::from_secs(100);
 
-fn rules() -> Rules {
+/// Two nodes, `a` and `b`.
+pub(crate) fn rules() -> Rules {
     let address = |port| Upstream { host: "h".into(), port };
     Rules {
         policy: Policy::default(),
@@ -14,7 +15,12 @@ fn rules() -> Rules {
     }
 }
 
-fn seen(node: &str, postmaster: Postmaster, sample: Option<Sample>, control: Option<Control>) -> Seen {
+pub(crate) fn seen(
+    node: &str,
+    postmaster: Postmaster,
+    sample: Option<Sample>,
+    control: Option<Control>,
+) -> Seen {
     let status = NodeStatus {
         node: node.into(),
         boot: 1,
@@ -31,7 +37,7 @@ fn seen(node: &str, postmaster: Postmaster, sample: Option<Sample>, control: Opt
     Seen { status: Some(status), heard: Some(NOW), probed: Some(NOW), ..Seen::default() }
 }
 
-fn sample(in_recovery: bool, timeline: u32, wait_for: &[&str], standbys: Vec<Attached>) -> Sample {
+pub(crate) fn sample(in_recovery: bool, timeline: u32, wait_for: &[&str], standbys: Vec<Attached>) -> Sample {
     Sample {
         in_recovery,
         timeline,

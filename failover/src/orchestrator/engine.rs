@@ -165,11 +165,10 @@ impl Engine {
                 let operation = state.operation.clone().context("an operation to resume")?;
                 tracing::warn!(id = operation.id, step = operation.completed.name(), "resuming an operation");
                 self.remote.passed.send_replace(String::new());
-                let target = operation.target.clone();
                 let (remote, since) = (self.remote.clone(), Instant::now());
                 let began = operation.started_at;
                 let run = operation::resume(&*remote, state, operation);
-                let (outcome, redis) = self.beside_redis(run, &target).await;
+                let (outcome, redis) = self.beside_redis(run).await;
                 let (operation, failure) = outcome?;
                 // No clock that nobody sets runs across two processes; one that was set back counts for nothing.
                 let before = Timestamp::now().duration_since(began);
@@ -259,8 +258,8 @@ impl Engine {
             }
             Err(error) => {
                 tracing::warn!(?action, node, %error, "upkeep failed");
-                // One that was overtaken by a newer order says nothing about its own way.
-                // And without a primary there was nothing to stream from.
+                // One that was overtaken by a newer order says nothing about its own way. Without a primary there was nothing to
+                // stream from, so that the way was not at fault either; but nothing is tried again without a pause.
                 let alone = self.remote.watched.view().condition(&state.primary, now, &self.rules.policy)
                     != Condition::Alive;
                 let overtaken = epoch != state.epoch

@@ -84,17 +84,9 @@ fn not_overtaken(node: &Node, status: &NodeStatus, heard: &[(&Node, &NodeStatus)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::{Control, Postmaster, Sample, Upstream};
-    use crate::view::{Policy, Seen};
-
-    fn rules() -> Rules {
-        let address = |port| Upstream { host: "h".into(), port };
-        Rules {
-            policy: Policy::default(),
-            copies: Copies::Available,
-            addresses: [("a".to_owned(), address(1)), ("b".to_owned(), address(2))].into(),
-        }
-    }
+    use crate::decide::tests::rules;
+    use crate::protocol::{Control, Postmaster, Sample};
+    use crate::view::Seen;
 
     fn node(name: &str, timeline: u32, running: bool, standby: bool) -> (Node, Seen) {
         let lsn = "0/3000060".parse().unwrap();

@@ -84,3 +84,29 @@ async fn a_woken_node_gives_way_when_the_primary_returns() {
     assert!(!fixture.agent("region1").await.estranged);
     load.finish().await;
 }
+
+/// The machine of the primary is there, and its Postgres starts no more: it is tried again with pauses, and what the other
+/// node has can be seen meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_cannot_be_started_does_not_hide_the_former_one() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    fixture.kill_node("region1").await;
+    fixture
+        .until("failed over", |status| status.current_region == "region2" && !status.failover_under_way)
+        .await;
+    load.commits_after(Instant::now(), 10).await;
+    let conf = fixture.cluster.nodes[1].data().join("postgresql.conf");
+    let good = std::fs::read_to_string(&conf).unwrap();
+    std::fs::write(&conf, format!("{good}\nno_such_setting = on\n")).unwrap();
+    fixture.kill_postmaster("region2");
+    fixture.revive_node("region1").await;
+    fixture.until("woken", |status| status.nodes[0].role == "standby").await;
+    assert!(fixture.writable().await.is_empty(), "nothing is promoted by itself");
+    std::fs::write(&conf, good).unwrap();
+    assert_eq!(fixture.whole().await.current_region, "region2");
+    load.finish().await;
+    let log = std::fs::read_to_string(fixture.orchestrator.log()).unwrap();
+    let tries = log.lines().filter(|line| line.contains("upkeep failed") && line.contains("Lead")).count();
+    assert!((1..200).contains(&tries), "{tries} tries, at least half a second apart");
+}

@@ -20,6 +20,18 @@ use tokio::time::{Instant, sleep, timeout};
 /// Longer than the test may take: whoever waits for a timeout fails it.
 const ORDINARY: Duration = Duration::from_secs(60);
 
+/// With two nodes at these ports.
+fn database(cluster: &Cluster, ports: [u16; 2]) -> Database {
+    let settings = DatabaseSettings {
+        hosts: ports.map(|port| format!("127.0.0.1:{port}")).join(","),
+        password: Secret::new(cluster.primary().passwords().of(Role::Owner)),
+        connect_timeout: ORDINARY,
+        commit_timeout: ORDINARY,
+        ..DatabaseSettings::default()
+    };
+    Database::new(&settings, 3, Health::default().dependency("postgres")).unwrap()
+}
+
 async fn port(database: &Database) -> u16 {
     let client = database.client().await.unwrap();
     let port: i32 = client.query_one("SELECT inet_server_port()", &[]).await.unwrap().get(0);
@@ -31,14 +43,7 @@ async fn a_frozen_primary_costs_no_timeout_and_is_not_believed_when_it_thaws() {
     let scratch = Scratch::new().unwrap();
     let mut cluster = Cluster::start(&scratch, Options::default()).await.unwrap();
     let (old, new) = (cluster.primary().port(), cluster.standby().port());
-    let settings = DatabaseSettings {
-        hosts: format!("127.0.0.1:{old},127.0.0.1:{new}"),
-        password: Secret::new(cluster.primary().passwords().of(Role::Owner)),
-        connect_timeout: ORDINARY,
-        commit_timeout: ORDINARY,
-        ..DatabaseSettings::default()
-    };
-    let database = Database::new(&settings, 3, Health::default().dependency("postgres")).unwrap();
+    let database = database(&cluster, [old, new]);
     assert_eq!(port(&database).await, old);
     let client = database.client().await.unwrap();
     client.batch_execute("CREATE TABLE t (a int)").await.unwrap();
@@ -93,14 +98,7 @@ async fn a_standby_that_takes_no_further_session_is_watched_all_the_same() {
     let mut cluster = Cluster::start(&scratch, Options::default()).await.unwrap();
     let (old, new) = (cluster.primary().port(), cluster.standby().port());
     let door = Door::open(new).await;
-    let settings = DatabaseSettings {
-        hosts: format!("127.0.0.1:{old},127.0.0.1:{}", door.port),
-        password: Secret::new(cluster.primary().passwords().of(Role::Owner)),
-        connect_timeout: ORDINARY,
-        commit_timeout: ORDINARY,
-        ..DatabaseSettings::default()
-    };
-    let database = Database::new(&settings, 3, Health::default().dependency("postgres")).unwrap();
+    let database = database(&cluster, [old, door.port]);
     assert_eq!(port(&database).await, old);
     // The watcher is in; the spare that it asked for knocks and hangs.
     let deadline = Instant::now() + Duration::from_secs(10);

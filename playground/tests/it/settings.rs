@@ -4,8 +4,17 @@ use std::process::Command;
 
 use playground::shipped;
 
-/// `--print-config` of a program, line by line.
-fn printed(program: &str, args: &[&str]) -> Vec<String> {
+pub(crate) const PROGRAMS: [&str; 6] = [
+    "mqtt-consumer",
+    "device-simulator",
+    "rabbitmq-consumer",
+    "user-simulator",
+    "region-agent",
+    "failover-orchestrator",
+];
+
+/// A program of ours without settings from outside, but with the secrets that it demands.
+pub(crate) fn command(program: &str) -> Command {
     let mut command = Command::new(shipped::program(program).unwrap());
     let ours = std::env::vars().filter(|(name, _)| name.starts_with("TIER0_"));
     ours.for_each(|(name, _)| {
@@ -21,7 +30,12 @@ fn printed(program: &str, args: &[&str]) -> Vec<String> {
     ] {
         command.env(format!("TIER0__{section}__{key}"), format!("a secret of this test: {key}"));
     }
-    let output = command.args(args).arg("--print-config").output().unwrap();
+    command
+}
+
+/// `--print-config` of a program, line by line.
+fn printed(program: &str, args: &[&str]) -> Vec<String> {
+    let output = command(program).args(args).arg("--print-config").output().unwrap();
     assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
 }
@@ -30,14 +44,6 @@ fn printed(program: &str, args: &[&str]) -> Vec<String> {
 fn the_shipped_file_states_the_defaults_and_every_key() {
     let path = shipped::config_path("tier0.toml").unwrap();
     let text = std::fs::read_to_string(&path).unwrap();
-    const PROGRAMS: [&str; 6] = [
-        "mqtt-consumer",
-        "device-simulator",
-        "rabbitmq-consumer",
-        "user-simulator",
-        "region-agent",
-        "failover-orchestrator",
-    ];
     for program in PROGRAMS {
         let defaults = printed(program, &[]);
         assert!(defaults.len() > 15, "{defaults:?}");

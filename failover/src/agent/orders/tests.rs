@@ -69,10 +69,25 @@ fn hold(dir: &Path) -> PathBuf {
     log
 }
 
-/// The role is written, after the last look at the order's number: nothing but the start follows.
-async fn about_to_start(dir: &Path) {
-    while !dir.join("data/postgresql.auto.conf").exists() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
+/// An order to lead that is held up right before its start: the role is written, after the last look at the order's number.
+struct AboutToStart {
+    orders: Arc<Orders>,
+    log: PathBuf,
+    leading: JoinSet<Result<NodeStatus, Refusal>>,
+}
+
+impl AboutToStart {
+    async fn new(dir: &Path) -> Self {
+        let orders = node(dir).await;
+        let log = hold(dir);
+        let (mut leading, leads) = (JoinSet::new(), orders.clone());
+        leading.spawn(async move { leads.carry_out(command(1, lead())).await });
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !dir.join("data/postgresql.auto.conf").exists() {
+            assert!(Instant::now() < deadline, "no role is written");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Self { orders, log, leading }
     }
 }
 
@@ -98,12 +113,7 @@ async fn nothing_runs(dir: &Path, orders: &Orders) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn halted_means_that_no_start_is_on_its_way() {
     let dir = tempfile::tempdir().unwrap();
-    let orders = node(dir.path()).await;
-    let log = hold(dir.path());
-    let mut tasks = JoinSet::new();
-    let leading = orders.clone();
-    tasks.spawn(async move { leading.carry_out(command(1, lead())).await });
-    about_to_start(dir.path()).await;
+    let AboutToStart { orders, log, mut leading } = AboutToStart::new(dir.path()).await;
     let halting = orders.clone();
     let mut halt =
         Box::pin(async move { halting.carry_out(command(1, Order::Halt { how: Stop::Fast })).await });
@@ -112,7 +122,7 @@ async fn halted_means_that_no_start_is_on_its_way() {
     let _open = release(log).await;
     assert!(halt.await.unwrap().is_stopped());
     nothing_runs(dir.path(), &orders).await;
-    let led = tasks.join_next().await.unwrap().unwrap();
+    let led = leading.join_next().await.unwrap().unwrap();
     assert!(matches!(led.as_ref().map_err(|refusal| refusal.code), Err("superseded" | "ended")), "{led:?}");
     nothing_runs(dir.path(), &orders).await;
 }
@@ -120,19 +130,14 @@ async fn halted_means_that_no_start_is_on_its_way() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn an_agent_that_ends_starts_nothing_any_more() {
     let dir = tempfile::tempdir().unwrap();
-    let orders = node(dir.path()).await;
-    let log = hold(dir.path());
-    let mut tasks = JoinSet::new();
-    let leading = orders.clone();
-    tasks.spawn(async move { leading.carry_out(command(1, lead())).await });
-    about_to_start(dir.path()).await;
+    let AboutToStart { orders, log, mut leading } = AboutToStart::new(dir.path()).await;
     let ending = orders.clone();
     let mut end = Box::pin(async move { ending.end(Instant::now() + Duration::from_secs(10)).await });
     let early = tokio::time::timeout(Duration::from_millis(200), &mut end).await;
     assert!(early.is_err(), "ended while Postgres is being started: {early:?}");
     let _open = release(log).await;
     end.await.unwrap();
-    assert!(tasks.join_next().await.unwrap().unwrap().is_err());
+    assert!(leading.join_next().await.unwrap().unwrap().is_err());
     for what in [lead(), Order::Detach] {
         assert_eq!(orders.carry_out(command(2, what)).await.unwrap_err().code, "ending");
     }

@@ -59,7 +59,7 @@ impl Engine {
         self.remote.passed.send_replace(String::new());
         let remote = self.remote.clone();
         let run = operation::begin(&*remote, state, request, since);
-        let (outcome, redis) = self.beside_redis(run, &question.target).await;
+        let (outcome, redis) = self.beside_redis(run).await;
         let (operation, failure) = outcome?;
         self.close(state, operation, failure, redis, since.elapsed())
     }
@@ -68,7 +68,6 @@ impl Engine {
     pub(super) async fn beside_redis<T>(
         &self,
         run: impl Future<Output = anyhow::Result<T>>,
-        target: &str,
     ) -> (anyhow::Result<T>, Option<StepRecord>) {
         let mut passed = self.remote.passed.subscribe();
         let redis = async {
@@ -79,7 +78,7 @@ impl Engine {
                 .ok()?;
             let started = Instant::now();
             // The fence may have chosen another one than was asked for; the decision is durable by now.
-            let decided = self.remote.state().map_or_else(|| target.to_owned(), |state| state.primary);
+            let decided = self.remote.state()?.primary;
             let (status, detail) = match redis.follow(&decided).await {
                 Ok(moved) => match moved.is_master.zip(moved.sentinel_agrees) {
                     Some((master, agrees)) => (

@@ -1,15 +1,14 @@
 //! Is a command one that somebody understands? Ours are parsed by our programs; requests and queries are left to be asked.
 
 use std::collections::BTreeSet;
-use std::process::Command;
 
 use clap::{CommandFactory, Parser};
 use playground::cli::Cli;
 use playground::docs::root;
-use playground::shipped;
 
 use super::live::{Ask, What};
 use super::shell;
+use crate::settings::{self, PROGRAMS};
 
 /// The machine's own, in pipes and loops; nothing of ours that could be wrong.
 const FOREIGN: [&str; 32] = [
@@ -46,14 +45,6 @@ const FOREIGN: [&str; 32] = [
     "while",
     "cargo",
 ];
-const PROGRAMS: [&str; 6] = [
-    "mqtt-consumer",
-    "rabbitmq-consumer",
-    "device-simulator",
-    "user-simulator",
-    "region-agent",
-    "failover-orchestrator",
-];
 
 pub(super) struct Commands {
     makefile: String,
@@ -70,7 +61,7 @@ impl Commands {
         let mut options = BTreeSet::new();
         collect(&Cli::command(), &mut options);
         for program in PROGRAMS {
-            let output = Command::new(shipped::program(program).unwrap()).arg("--help").output().unwrap();
+            let output = settings::command(program).arg("--help").output().unwrap();
             let help = String::from_utf8(output.stdout).unwrap();
             let words = help.split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'));
             options.extend(words.filter_map(|word| word.strip_prefix("--")).map(str::to_owned));
@@ -249,17 +240,8 @@ fn tier0(words: &[&str]) -> Result<(), String> {
 
 /// Parsed by the program itself, which then prints what it would do and ends.
 fn run(program: &str, words: &[&str]) -> Result<(), String> {
-    let mut command = Command::new(shipped::program(program).map_err(|error| error.to_string())?);
-    command.current_dir(root()).env_clear();
-    for (section, key) in [
-        ("ORCHESTRATOR", "TOKEN"),
-        ("ORCHESTRATOR", "AGENT_TOKEN"),
-        ("REGION_AGENT", "TOKEN"),
-        ("REGION_AGENT", "PASSWORD"),
-        ("REGION_AGENT", "REPLICATION_PASSWORD"),
-    ] {
-        command.env(format!("TIER0__{section}__{key}"), format!("a secret of this test: {key}"));
-    }
+    let mut command = settings::command(program);
+    command.current_dir(root());
     let print = (!words.contains(&"--print-config")).then_some("--print-config");
     let output = command.args(words).args(print).output().map_err(|error| error.to_string())?;
     if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).into_owned()) }
