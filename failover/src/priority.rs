@@ -1,8 +1,9 @@
-//! The scheduler's priorities: whoever decides about a failover comes first, whoever is dying comes last.
+//! The scheduler's priorities: whoever decides about a failover and whoever replays come first, whoever is dying comes last.
 //!
 //! A region's loss makes its machine and its neighbours busy, in the very moment in which the agent has to promote. On
 //! two cores the teardown of a killed Postgres, which frees its shared memory, took as long as the promotion beside it.
-//! Only a matter of speed: where the account may not raise its priority it stays as it is.
+//! Only a matter of speed: where the account may not raise a priority it stays as it is. A `restore_command` inherits the
+//! replaying process' place.
 
 use nix::unistd::Pid;
 use rustix::io::Errno;
@@ -21,7 +22,7 @@ pub fn first() -> Result<(), Errno> {
     setpriority_process(None, FIRST)
 }
 
-/// Undoes [`first`] for the calling thread and what it starts: Postgres is no more urgent than other work.
+/// Undoes [`first`] for the calling thread and what it starts: Postgres' sessions are no more urgent than other work.
 pub(crate) fn ordinary() {
     if getpriority_process(None).is_ok_and(|priority| priority < ORDINARY)
         && let Err(error) = setpriority_process(None, ORDINARY)
@@ -61,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_child_that_is_put_last_is_last_and_children_do_not_inherit_the_first_place() {
+    fn others_are_put_first_and_last_and_children_do_not_inherit_the_first_place() {
         std::thread::spawn(|| {
             let raised = first();
             let expected = if raised.is_ok() { FIRST } else { getpriority_process(None).unwrap() };

@@ -28,8 +28,8 @@ pub const DATABASE: &str = "tier0_db";
 const READY: Duration = Duration::from_secs(120);
 /// A fast shutdown writes a checkpoint.
 const STOP: Duration = Duration::from_secs(60);
-/// A promotion copies the segment it stops in and fills the next one with zeros before anybody can write: a quarter of what
-/// the default of 16 MB costs. Also in config/postgres/start-node.sh.
+/// Before anybody can write, a promotion copies the segment it stops in, and makes the next when that one is nearly full: a
+/// quarter of what the default of 16 MB costs. Also in config/postgres/start-node.sh.
 const WAL_SEGMENTS: &str = "--wal-segsize=4";
 
 /// An immediate shutdown, from a destructor.

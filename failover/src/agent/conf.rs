@@ -316,7 +316,7 @@ mod tests {
         );
         let written = || std::fs::metadata(data.join("postgresql.auto.conf")).unwrap().ino();
         let before = written();
-        conf.write(None, Some("FIRST 1 (\"region2\")")).unwrap();
+        assert!(!conf.write(None, Some("FIRST 1 (\"region2\")")).unwrap());
         assert_eq!(written(), before, "a promotion that waits for the same ones writes nothing");
         assert!(std::fs::read_to_string(conf.passfile()).unwrap().ends_with(":replicator:p\\:w\n"));
         conf.mark_standby(true).unwrap();

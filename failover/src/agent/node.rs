@@ -176,13 +176,20 @@ impl Postgres {
         let untold = self.untold.swap(true, Ordering::SeqCst);
         let changed = self.conf.write(upstream, names.as_deref())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
+        let pid = *self.pid.lock().unwrap_or_else(PoisonError::into_inner);
         // Every process of Postgres reads the whole configuration again: not in the middle of a promotion for nothing.
-        let told = (changed || untold) && self.signal(Signal::SIGHUP);
-        if told {
-            tracing::debug!(?upstream, names, "configuration written and reloaded");
-        }
-        self.untold.store(false, Ordering::SeqCst);
+        let tell = changed || untold;
+        let told = tell && send(pid, Signal::SIGHUP);
+        tracing::debug!(?upstream, names, told, "role written");
+        // One that does not run reads it when it starts.
+        self.untold.store(tell && !told && pid.is_some(), Ordering::SeqCst);
         Ok(told)
+    }
+
+    /// Whether what Postgres was told last came through is not known: an order had not the effect that it should have. It
+    /// reads nothing of a configuration in which somebody else made a mistake, for one.
+    pub fn doubt(&self) {
+        self.untold.store(true, Ordering::SeqCst);
     }
 
     /// Starts the stopped node as a standby and returns; the first sample says when it answers. The caller has swept

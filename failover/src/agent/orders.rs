@@ -58,10 +58,10 @@ impl Orders {
     /// # Errors
     /// [`Refusal`] with a code the orchestrator can act on.
     pub async fn carry_out(&self, command: Command) -> Result<NodeStatus, Refusal> {
-        let what = &command.what;
+        let changes_role = command.what.changes_role();
         // In one step with the epoch: the order of the higher epoch has the higher number, whichever came first.
         let number = self.node.accept(command.epoch, || {
-            if what.changes_role() { self.next() } else { Ok(self.newest.load(Ordering::SeqCst)) }
+            if changes_role { self.next() } else { Ok(self.newest.load(Ordering::SeqCst)) }
         })??;
         let deadline = Instant::now() + Duration::from_millis(command.limit_ms.min(24 * 3_600_000));
         let name = command.what.name();
@@ -85,6 +85,10 @@ impl Orders {
         match &result {
             Ok(_) => tracing::info!(order = name, epoch = command.epoch, ?took, "order carried out"),
             Err(refusal) => {
+                if changes_role {
+                    // Whoever tries again tells Postgres again.
+                    self.node.doubt();
+                }
                 tracing::warn!(order = name, epoch = command.epoch, ?took, code = refusal.code, %refusal, "order not carried out")
             }
         }

@@ -52,6 +52,8 @@ pub async fn sample(
 ) {
     let mut session: Option<(u64, Session)> = None;
     let mut pause = Duration::ZERO;
+    // The life of Postgres in which that was tried; they are counted from 1.
+    let mut hastened = 0;
     loop {
         // A change of state (a start, a reload) is a reason to look at once.
         tokio::select! {
@@ -75,7 +77,8 @@ pub async fn sample(
         }
         let current = match session.take().filter(|(of, _)| *of == life) {
             Some((_, session)) => Some(session),
-            None => begin(&local)
+            None => local
+                .open()
                 .await
                 .map_err(|error| tracing::debug!(error = format!("{error:#}"), "no session"))
                 .ok(),
@@ -86,7 +89,12 @@ pub async fn sample(
                 Ok(sample) => {
                     shared.sample(life, sample);
                     ready.warm().await;
-                    session = Some((life, current));
+                    let kept = if std::mem::replace(&mut hastened, life) == life {
+                        Some(current)
+                    } else {
+                        hasten(current).await
+                    };
+                    session = kept.map(|kept| (life, kept));
                     pause = every;
                 }
                 Err(error) => tracing::debug!(error = format!("{error:#}"), "no sample"),
@@ -95,13 +103,18 @@ pub async fn sample(
     }
 }
 
-/// A session, and a standby's replay ahead of other work.
-async fn begin(local: &Local) -> anyhow::Result<Session> {
-    let session = local.open().await?;
-    if let Some(pid) = session.replays(LIMIT).await? {
-        priority::first_of(pid);
+/// Puts a standby's replay ahead of other work. A session that did not answer is of no more use.
+async fn hasten(session: Session) -> Option<Session> {
+    match session.replays(LIMIT).await {
+        Ok(pid) => {
+            pid.into_iter().for_each(priority::first_of);
+            Some(session)
+        }
+        Err(error) => {
+            tracing::debug!(error = format!("{error:#}"), "replay keeps its priority");
+            None
+        }
     }
-    Ok(session)
 }
 
 /// Makes the schema if it is missing.

@@ -51,7 +51,10 @@ impl Orders {
             }
         }
         let streams = |status: &NodeStatus| {
-            let receiver = status.sample.as_ref().and_then(|sample| sample.receiver.as_ref());
+            let Some(sample) = status.sample.as_ref().filter(|sample| sample.wait_for == names) else {
+                return false;
+            };
+            let receiver = sample.receiver.as_ref();
             receiver.is_some_and(|r| r.streaming && r.host == upstream.host && r.port == upstream.port)
         };
         let began = Instant::now();

@@ -204,12 +204,17 @@ async fn postgres_is_told_its_role_once_and_again_when_that_did_not_come_through
     assert!(!configure(None).unwrap(), "it has read it at its start");
     assert!(configure(Some(&waits)).unwrap());
     assert!(!configure(Some(&waits)).unwrap());
-    // The file has its new content, and then something fails.
+    // It cannot be written.
     let data = dir.path().join("data");
     std::fs::rename(&data, dir.path().join("away")).unwrap();
     assert!(configure(Some(&waits)).is_err());
     std::fs::rename(dir.path().join("away"), &data).unwrap();
     assert!(configure(Some(&waits)).unwrap(), "nobody knows what it was told");
+    assert!(!configure(Some(&waits)).unwrap());
+    // Nobody answers there, so nobody can say that the standbys are waited for.
+    let what = Order::WaitFor { nodes: waits.clone() };
+    assert!(orders.carry_out(command(1, what)).await.is_err());
+    assert!(configure(Some(&waits)).unwrap(), "an order had no effect");
     assert!(!configure(Some(&waits)).unwrap());
     orders.end(Instant::now() + Duration::from_secs(10)).await.unwrap();
 }

@@ -151,11 +151,12 @@ async fn round(stage: &mut Stage, scenario: Scenario) -> anyhow::Result<Round> {
         total_s: Some(report.total_duration_ms / 1000.0),
         redis_s: redis_seconds(&report),
         rejoin_s: Some(returned.elapsed().as_secs_f64()),
-        steps: before_the_first_commit(report),
+        steps: work(report),
     })
 }
 
-fn before_the_first_commit(report: Report) -> Vec<(String, f64)> {
+/// Those that somebody carries out before the first commit; journal and decision only write down.
+fn work(report: Report) -> Vec<(String, f64)> {
     let steps = report.steps.into_iter().map(|step| (step.action, step.duration_ms));
     steps.filter(|(step, _)| ["prepare", "fence", "promote", "mark"].contains(&step.as_str())).collect()
 }
