@@ -25,7 +25,8 @@ make_cluster() {
     new=$data.new
     rm -rf "$new"
     echo "making a new cluster in $data"
-    "$bin/initdb" --pgdata="$new" --username=postgres --pwfile="$TIER0__REGION_AGENT__PASSWORD_FILE" \
+    # Small segments: a promotion copies one and fills another before anybody can write.
+    "$bin/initdb" --wal-segsize=4 --pgdata="$new" --username=postgres --pwfile="$TIER0__REGION_AGENT__PASSWORD_FILE" \
         --auth=scram-sha-256 --encoding=UTF8 --locale=C.UTF-8 --data-checksums
     # Both stay outside: a clone brings these two lines along and reads the files of its own machine.
     {

@@ -6,6 +6,8 @@
 //! acknowledged. Nothing here waits for the old primary unless it is known to live.
 
 mod steps;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -30,12 +30,22 @@ pub(crate) fn ordinary() {
     }
 }
 
+/// Puts another process first. For the one that replays: what it is behind is added to a failover, and it alone carries
+/// out the promotion.
+pub(crate) fn first_of(pid: Pid) {
+    set(pid, FIRST);
+}
+
 /// Puts another process last. For one that ends anyhow.
 pub(crate) fn last(pid: Pid) {
-    if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw())
-        && let Err(error) = setpriority_process(Some(pid), LAST)
+    set(pid, LAST);
+}
+
+fn set(pid: Pid, priority: i32) {
+    if let Some(process) = rustix::process::Pid::from_raw(pid.as_raw())
+        && let Err(error) = setpriority_process(Some(process), priority)
     {
-        tracing::debug!(%error, "the dying keep their priority");
+        tracing::debug!(%pid, priority, %error, "a process keeps its priority");
     }
 }
 
@@ -60,8 +70,11 @@ mod tests {
             assert!(getpriority_process(None).unwrap() >= ORDINARY);
             let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
             let pid = i32::try_from(child.id()).unwrap();
+            let of = || getpriority_process(rustix::process::Pid::from_raw(pid)).unwrap();
             last(Pid::from_raw(pid));
-            assert_eq!(getpriority_process(rustix::process::Pid::from_raw(pid)).unwrap(), LAST);
+            assert_eq!(of(), LAST);
+            first_of(Pid::from_raw(pid));
+            assert_eq!(of(), if raised.is_ok() { FIRST } else { LAST });
             child.kill().unwrap();
             child.wait().unwrap();
         })

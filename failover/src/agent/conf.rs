@@ -68,11 +68,12 @@ impl Conf {
         &self.passfile
     }
 
-    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is.
+    /// Sets what this node follows and whom its commits wait for; `None` leaves the latter as it is. False when the file
+    /// was so already.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<()> {
+    pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<bool> {
         let path = self.data.join("postgresql.auto.conf");
         let before = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -93,12 +94,15 @@ impl Conf {
                 text.extend(before.lines().filter(|line| is(line, waits)).map(|line| format!("{line}\n")))
             }
         }
-        if text != before {
-            return self.replace(&path, text.as_bytes());
+        let changed = text != before;
+        if changed {
+            self.replace(&path, text.as_bytes())?;
+        } else {
+            // A promotion writes what the detaching before it wrote. The content was flushed before it got its name; the
+            // name may not have been.
+            File::open(&self.data).and_then(|dir| dir.sync_all()).context("flush the data directory")?;
         }
-        // A promotion writes what the detaching before it wrote. The content was flushed before it got its name; the name may not
-        // have been.
-        File::open(&self.data).and_then(|dir| dir.sync_all()).context("flush the data directory")
+        Ok(changed)
     }
 
     /// Whether the next start is as a standby.

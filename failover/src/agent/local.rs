@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -172,6 +173,19 @@ impl Session {
             lag_seconds: row.try_get(8)?,
             age_ms: 0,
         })
+    }
+
+    /// The one process that replays WAL, and will carry out a promotion; none in a primary.
+    ///
+    /// # Errors
+    /// When there is no answer within `limit`.
+    pub async fn replays(&self, limit: Duration) -> anyhow::Result<Option<Pid>> {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'startup'";
+        let row = timeout(limit, self.client.query_opt(sql, &[]))
+            .await
+            .map_err(|_| anyhow!("no answer within {limit:?}"))?
+            .context("ask who replays")?;
+        Ok(row.map(|row| row.try_get(0)).transpose().context("read the answer")?.map(Pid::from_raw))
     }
 
     /// The least that can be asked.

@@ -7,6 +7,7 @@ mod tools;
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -44,6 +45,8 @@ pub struct Postgres {
     pub shared: Arc<Shared>,
     tasks: TaskTracker,
     durable: Mutex<Durable>,
+    /// The role is being written, or was not written to the end: the file may say what Postgres was not told.
+    untold: AtomicBool,
     /// Of the postmaster, while it has not been reaped.
     pid: Arc<Mutex<Option<Pid>>>,
 }
@@ -70,6 +73,7 @@ impl Postgres {
             shared,
             tasks,
             durable: Mutex::new(durable),
+            untold: AtomicBool::new(false),
             pid: Arc::default(),
         })
     }
@@ -158,7 +162,8 @@ impl Postgres {
         &self.settings
     }
 
-    /// Writes the role; a running Postgres is told. Without `wait_for`, what commits wait for stays as it is.
+    /// Writes the role; a running Postgres is told, unless it was told the same before. True when it was told now. Without
+    /// `wait_for`, what commits wait for stays as it is.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -166,14 +171,18 @@ impl Postgres {
         &self,
         upstream: Option<&Upstream>,
         wait_for: Option<&BTreeSet<Node>>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<bool> {
         let names = wait_for.map(names);
-        self.conf.write(upstream, names.as_deref())?;
+        let untold = self.untold.swap(true, Ordering::SeqCst);
+        let changed = self.conf.write(upstream, names.as_deref())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
-        if self.signal(Signal::SIGHUP) {
+        // Every process of Postgres reads the whole configuration again: not in the middle of a promotion for nothing.
+        let told = (changed || untold) && self.signal(Signal::SIGHUP);
+        if told {
             tracing::debug!(?upstream, names, "configuration written and reloaded");
         }
-        Ok(())
+        self.untold.store(false, Ordering::SeqCst);
+        Ok(told)
     }
 
     /// Starts the stopped node as a standby and returns; the first sample says when it answers. The caller has swept

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::local::{Local, Ready, Session};
 use crate::agent::shared::Shared;
+use crate::priority;
 use crate::protocol::Postmaster;
 
 /// A sample that takes longer is given up, with its session.
@@ -74,8 +75,7 @@ pub async fn sample(
         }
         let current = match session.take().filter(|(of, _)| *of == life) {
             Some((_, session)) => Some(session),
-            None => local
-                .open()
+            None => begin(&local)
                 .await
                 .map_err(|error| tracing::debug!(error = format!("{error:#}"), "no session"))
                 .ok(),
@@ -93,6 +93,15 @@ pub async fn sample(
             }
         }
     }
+}
+
+/// A session, and a standby's replay ahead of other work.
+async fn begin(local: &Local) -> anyhow::Result<Session> {
+    let session = local.open().await?;
+    if let Some(pid) = session.replays(LIMIT).await? {
+        priority::first_of(pid);
+    }
+    Ok(session)
 }
 
 /// Makes the schema if it is missing.

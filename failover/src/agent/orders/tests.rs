@@ -1,5 +1,6 @@
 //! Orders to a Postgres that is a script: what must never happen in between can be made to happen here.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -36,7 +37,10 @@ async fn node(dir: &Path) -> Arc<Orders> {
     std::fs::write(data.join("global/pg_control"), "").unwrap();
     script(&bin.join("pg_controldata"), CONTROL);
     let started = dir.join("started");
-    script(&bin.join("postgres"), &format!("#!/bin/sh\necho $$ >> {}\nexec sleep 600\n", started.display()));
+    script(
+        &bin.join("postgres"),
+        &format!("#!/bin/sh\ntrap '' HUP\necho $$ >> {}\nexec sleep 600\n", started.display()),
+    );
     let settings = RegionAgent {
         data,
         bin,
@@ -181,4 +185,31 @@ async fn an_older_epoch_never_gets_a_higher_number() {
     newer.join().unwrap();
     assert!(low < high, "{low} {high}");
     assert_eq!(orders.carry_out(command(5, Order::Detach)).await.unwrap_err().code, "old_epoch");
+}
+
+/// A reload makes every process of Postgres read its configuration again; not twice in a failover.
+#[tokio::test]
+async fn postgres_is_told_its_role_once_and_again_when_that_did_not_come_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let orders = node(dir.path()).await;
+    let waits: BTreeSet<_> = ["b".to_owned()].into();
+    let configure = |waits: Option<&BTreeSet<_>>| orders.node().configure(None, waits);
+    assert!(!configure(None).unwrap(), "nobody is there to be told");
+    orders.node().start_as_it_is(None).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !dir.path().join("started").exists() {
+        assert!(Instant::now() < deadline, "it does not start");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(!configure(None).unwrap(), "it has read it at its start");
+    assert!(configure(Some(&waits)).unwrap());
+    assert!(!configure(Some(&waits)).unwrap());
+    // The file has its new content, and then something fails.
+    let data = dir.path().join("data");
+    std::fs::rename(&data, dir.path().join("away")).unwrap();
+    assert!(configure(Some(&waits)).is_err());
+    std::fs::rename(dir.path().join("away"), &data).unwrap();
+    assert!(configure(Some(&waits)).unwrap(), "nobody knows what it was told");
+    assert!(!configure(Some(&waits)).unwrap());
+    orders.end(Instant::now() + Duration::from_secs(10)).await.unwrap();
 }

@@ -23,6 +23,8 @@ pub(super) struct Round {
     pub(super) total_s: Option<f64>,
     pub(super) redis_s: Option<f64>,
     pub(super) rejoin_s: Option<f64>,
+    /// Of the operation, with their milliseconds: where the time went.
+    pub(super) steps: Vec<(String, f64)>,
 }
 
 /// All rounds of a scenario; readings lost and stored twice.
@@ -55,8 +57,9 @@ pub(super) async fn play(
 
 fn show(number: u32, round: &Round) {
     let text = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.3}"));
+    let steps: String = round.steps.iter().map(|(step, took)| format!(", {step} {took:.0} ms")).collect();
     say(format!(
-        "  {number:>2}: gap {} s, total {} s, Redis {} s, rejoin {} s",
+        "  {number:>2}: gap {} s, total {} s, Redis {} s, rejoin {} s{steps}",
         text(round.gap_s),
         text(round.total_s),
         text(round.redis_s),
@@ -148,7 +151,13 @@ async fn round(stage: &mut Stage, scenario: Scenario) -> anyhow::Result<Round> {
         total_s: Some(report.total_duration_ms / 1000.0),
         redis_s: redis_seconds(&report),
         rejoin_s: Some(returned.elapsed().as_secs_f64()),
+        steps: before_the_first_commit(report),
     })
+}
+
+fn before_the_first_commit(report: Report) -> Vec<(String, f64)> {
+    let steps = report.steps.into_iter().map(|step| (step.action, step.duration_ms));
+    steps.filter(|(step, _)| ["prepare", "fence", "promote", "mark"].contains(&step.as_str())).collect()
 }
 
 fn redis_seconds(report: &Report) -> Option<f64> {
