@@ -31,6 +31,8 @@ ALTER ROLE monitor SET default_transaction_read_only = on;
 ALTER ROLE monitor SET statement_timeout = '30s';
 ALTER ROLE reader SET default_transaction_read_only = on;
 ALTER ROLE reader SET statement_timeout = '30s';
+-- A dashboard's query takes one core at most, the readings need the others.
+ALTER ROLE reader SET max_parallel_workers_per_gather = 0;
 
 ALTER DATABASE tier0_db OWNER TO tier0;
 REVOKE ALL ON DATABASE tier0_db, postgres, template1 FROM PUBLIC;

@@ -64,8 +64,9 @@ pub async fn bind(settings: &HttpSettings) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
-/// The routes every process has; a process with routes of its own merges them.
+/// The routes every process has; a process with routes of its own merges them. From here on `health` takes no more dependencies.
 pub fn routes(registry: Registry, health: Health) -> Router {
+    health.serve();
     Router::new()
         .route("/metrics", get(metrics))
         .route("/health/live", get(|| async { "live\n" }))

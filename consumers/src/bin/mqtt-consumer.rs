@@ -49,8 +49,9 @@ async fn run(settings: MqttConsumerSettings, leave: bool) -> anyhow::Result<()> 
     let health = Health::default();
     let mut process = Process::default();
     let listener = http::bind(&settings.http).await?;
-    process.serve(listener, http::routes(registry.clone(), health.clone()));
     start_pipeline(&settings, leave, &registry, &health, &mut process)?;
+    // Not before: a process that has not said what it needs would be ready.
+    process.serve(listener, http::routes(registry, health));
     process.run(settings.mqtt_consumer.grace).await
 }
 

@@ -44,8 +44,9 @@ async fn run(settings: RabbitConsumerSettings) -> anyhow::Result<()> {
     let health = Health::default();
     let mut process = Process::default();
     let listener = http::bind(&settings.http).await?;
-    process.serve(listener, http::routes(registry.clone(), health.clone()));
     start_pipeline(&settings, &registry, &health, &mut process)?;
+    // Not before: a process that has not said what it needs would be ready.
+    process.serve(listener, http::routes(registry, health));
     process.run(settings.rabbitmq_consumer.grace).await
 }
 

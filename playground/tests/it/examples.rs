@@ -54,6 +54,11 @@ pub(crate) fn asks() -> Vec<Ask> {
                 }
             }
         }
+        for piece in &page.prose {
+            if let Err(problem) = commands.prose(&piece.text) {
+                problems.push(format!("{}:{}: {problem}", page.path, piece.line));
+            }
+        }
     }
     for (number, (page, start, _)) in EXCUSED.iter().enumerate() {
         if !used.contains(&number) {

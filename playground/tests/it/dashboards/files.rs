@@ -54,8 +54,14 @@ fn load(json: &Value) -> Dashboard {
     assert_eq!(json["schemaVersion"], 39, "{uid}");
     let provisioned =
         std::fs::read_to_string(root().join("grafana/provisioning/datasources/tier0.yml")).unwrap();
-    let mut variables = Vec::new();
+    let (mut variables, mut chosen) = (Vec::new(), Vec::new());
     for variable in json["templating"]["list"].as_array().unwrap() {
+        if variable["type"] == "custom" {
+            let value = variable["current"]["value"].as_str().unwrap();
+            let offered = variable["query"].as_str().unwrap();
+            assert!(offered.split(',').any(|offer| offer == value), "{uid}: {value} is not among {offered}");
+            chosen.push((format!("${{{}:raw}}", variable["name"].as_str().unwrap()), value));
+        }
         if variable["type"] != "query" {
             continue;
         }
@@ -96,6 +102,7 @@ fn load(json: &Value) -> Dashboard {
                 other => panic!("{uid}: {title}: {other}"),
             };
             let text = text.as_str().unwrap().to_owned();
+            let text = chosen.iter().fold(text, |text, (name, value)| text.replace(name, value));
             let panel = format!("{title} ({})", target["refId"].as_str().unwrap());
             queries.push(Query { panel, source, text, instant: target["instant"] == true });
         }

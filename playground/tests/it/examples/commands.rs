@@ -100,11 +100,35 @@ impl Commands {
         if !text.contains(' ') {
             return Ok(Vec::new());
         }
+        let ours = text.split_whitespace().next().is_some_and(is_ours);
+        let commands = match shell::commands(text) {
+            Err(problem) if ours => return Err(problem),
+            commands => commands.unwrap_or_default(),
+        };
         let mut asks = Vec::new();
-        for words in shell::commands(text).unwrap_or_default() {
+        for words in commands {
             asks.extend(self.command(&words, None)?.unwrap_or_default());
         }
         Ok(asks)
+    }
+
+    /// A command outside of code is seen by nobody, here and on the page.
+    pub(super) fn prose(&self, text: &str) -> Result<(), String> {
+        let bare =
+            |word: &'_ str| word.trim_matches(|c: char| !c.is_ascii_alphanumeric() && c != '-').to_owned();
+        let words: Vec<String> = text.split_whitespace().map(bare).collect();
+        for (word, next) in words.iter().zip(words.iter().skip(1)) {
+            let command = match word.as_str() {
+                "tier0" => Cli::command().find_subcommand(next).is_some() || next.starts_with("--"),
+                // Alone it is a word like others.
+                "make" => next.contains('-') && self.make(&[next]).is_ok(),
+                program => PROGRAMS.contains(&program) && next.starts_with("--"),
+            };
+            if command {
+                return Err(format!("{word} {next} is a command: write it as code"));
+            }
+        }
+        Ok(())
     }
 
     /// `None`: none of ours.
@@ -215,6 +239,11 @@ impl Commands {
     }
 }
 
+fn is_ours(word: &str) -> bool {
+    let name = word.rsplit('/').next().unwrap_or(word);
+    ["make", "tier0"].contains(&name) || PROGRAMS.contains(&name)
+}
+
 fn collect(command: &clap::Command, options: &mut BTreeSet<String>) {
     options.extend(command.get_arguments().filter_map(|argument| argument.get_long()).map(str::to_owned));
     options.extend(["help".to_owned(), "version".to_owned()]);
@@ -286,4 +315,34 @@ fn query(words: &[&str]) -> Result<Ask, String> {
         return Err("sql REGION 'STATEMENT' is wanted".into());
     };
     Ok(Ask::new(What::Sql { region: (*region).to_owned(), sql: (*sql).to_owned() }))
+}
+
+#[test]
+fn what_is_wrong_in_a_sentence_is_found() {
+    let mut commands = Commands::load();
+    for right in [
+        "tier0 status",
+        "make drill",
+        "make up ARGS='--for 60s'",
+        "mqtt-consumer --leave",
+        "make sense?",
+        "a 'b",
+    ] {
+        let found =
+            if right == "make sense?" { commands.prose(right) } else { commands.span(right).map(drop) };
+        assert!(found.is_ok(), "{right}: {found:?}");
+    }
+    for wrong in [
+        "tier0 statsu",
+        "tier0 status --no-such",
+        "make no-such",
+        "make up ARGS='--no-such'",
+        "tier0 psql 'x",
+        "mqtt-consumer --no-such",
+    ] {
+        assert!(commands.span(wrong).is_err(), "{wrong}");
+    }
+    for hidden in ["see tier0 status.", "with mqtt-consumer --leave", "by (make bench-growth)"] {
+        assert!(commands.prose(hidden).is_err(), "{hidden}");
+    }
 }
