@@ -16,6 +16,9 @@ use crate::lsn::Lsn;
 /// Name of a node, which is the name of its region, its replication slot and its `application_name`.
 pub type Node = String;
 
+/// Code of a refusal: Postgres runs and does not take the configuration that was written for it.
+pub const UNREAD: &str = "unread";
+
 /// Where a standby streams from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

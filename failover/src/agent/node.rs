@@ -45,7 +45,7 @@ pub struct Postgres {
     pub shared: Arc<Shared>,
     tasks: TaskTracker,
     durable: Mutex<Durable>,
-    /// The role is being written, or was not written to the end: the file may say what Postgres was not told.
+    /// The file may say what Postgres was not told.
     untold: AtomicBool,
     /// Of the postmaster, while it has not been reaped.
     pid: Arc<Mutex<Option<Pid>>>,
@@ -173,8 +173,8 @@ impl Postgres {
         wait_for: Option<&BTreeSet<Node>>,
     ) -> anyhow::Result<bool> {
         let names = wait_for.map(names);
-        let untold = self.untold.swap(true, Ordering::SeqCst);
-        let changed = self.conf.write(upstream, names.as_deref())?;
+        let untold = self.untold.swap(false, Ordering::SeqCst);
+        let changed = self.conf.write(upstream, names.as_deref()).inspect_err(|_| self.doubt())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
         let pid = *self.pid.lock().unwrap_or_else(PoisonError::into_inner);
         // Every process of Postgres reads the whole configuration again: not in the middle of a promotion for nothing.
@@ -182,7 +182,9 @@ impl Postgres {
         let told = tell && send(pid, Signal::SIGHUP);
         tracing::debug!(?upstream, names, told, "role written");
         // One that does not run reads it when it starts.
-        self.untold.store(tell && !told && pid.is_some(), Ordering::SeqCst);
+        if tell && !told && pid.is_some() {
+            self.doubt();
+        }
         Ok(told)
     }
 

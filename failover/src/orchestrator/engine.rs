@@ -26,7 +26,7 @@ use crate::orchestrator::metrics::Metrics;
 use crate::orchestrator::redis::Redis;
 use crate::orchestrator::remote::Remote;
 use crate::orchestrator::{report, start};
-use crate::protocol::{Node, NodeStatus, Order, Rejoin};
+use crate::protocol::{Node, NodeStatus, Order, Rejoin, UNREAD};
 use crate::state::{Answered, Mode, State};
 use crate::upkeep;
 use crate::view::Condition;
@@ -262,12 +262,14 @@ impl Engine {
                 // stream from, so that the way was not at fault either; but nothing is tried again without a pause.
                 let alone = self.remote.watched.view().condition(&state.primary, now, &self.rules.policy)
                     != Condition::Alive;
+                // Nor is it for one that does not read its configuration: no rewind mends that.
+                let unread = matches!(&error, OrderError::Refused { code, .. } if code == UNREAD);
                 let overtaken = epoch != state.epoch
                     || matches!(&error, OrderError::Refused { code, .. } if code == "superseded" || code == "old_epoch");
                 self.remote.watched.note(&node, |seen| {
                     seen.busy = false;
                     if let (Action::Rejoin { how, .. }, OrderError::Refused { code, .. }, false) =
-                        (&action, &error, overtaken || alone)
+                        (&action, &error, overtaken || alone || unread)
                     {
                         // Nothing but a clone brings WAL back.
                         seen.failed = Some(if code == "wal_gone" { Rejoin::Rewind.max(*how) } else { *how });

@@ -10,7 +10,7 @@ use super::{LOOK, Orders, QUERY};
 use crate::agent::conf::GUARD;
 use crate::agent::local::Local;
 use crate::agent::node::Refusal;
-use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Stop, Upstream};
+use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Sample, Stop, UNREAD, Upstream};
 
 /// A standby that can stream does so within this time after its start.
 const STREAM: Duration = Duration::from_secs(15);
@@ -50,10 +50,7 @@ impl Orders {
                 self.node.start_as_standby(status.control.as_ref()).await?;
             }
         }
-        let streams = |status: &NodeStatus| {
-            let Some(sample) = status.sample.as_ref().filter(|sample| sample.wait_for == names) else {
-                return false;
-            };
+        let streams = |sample: &&Sample| {
             let receiver = sample.receiver.as_ref();
             receiver.is_some_and(|r| r.streaming && r.host == upstream.host && r.port == upstream.port)
         };
@@ -61,7 +58,8 @@ impl Orders {
         let patience = deadline.min(began + STREAM);
         loop {
             let status = self.status();
-            if streams(&status) {
+            let streaming = status.sample.as_ref().filter(streams);
+            if streaming.is_some_and(|sample| sample.wait_for == names) {
                 break;
             }
             // It would ask for it for ever. By now what the log's end says is of this start.
@@ -75,6 +73,10 @@ impl Orders {
             self.not_ended(&status)?;
             // Crash recovery takes its time; only a standby that answers can be blamed for not streaming.
             let limit = if status.postmaster == Postmaster::Starting { deadline } else { patience };
+            if Instant::now() >= limit && streaming.is_some() {
+                let message = format!("it streams, but reads no configuration{}", self.log());
+                return Err(Refusal::new(UNREAD, message));
+            }
             if Instant::now() >= limit {
                 return Err(Refusal::new(
                     "not_streaming",
@@ -188,6 +190,8 @@ impl Orders {
             if status.is_writable() {
                 return Err(Refusal::new("leads", "it is writable, not a standby"));
             }
+            // That nothing is received now may have another cause; a fence must not rest on it.
+            self.node.doubt();
             self.node.configure(None, None)?;
             if status.is_stopped() {
                 return Ok(self.status());

@@ -60,7 +60,16 @@ fn load(json: &Value) -> Dashboard {
             let value = variable["current"]["value"].as_str().unwrap();
             let offered = variable["query"].as_str().unwrap();
             assert!(offered.split(',').any(|offer| offer == value), "{uid}: {value} is not among {offered}");
-            chosen.push((format!("${{{}:raw}}", variable["name"].as_str().unwrap()), value));
+            let options = variable["options"].as_array().unwrap();
+            let listed: Vec<&str> = options.iter().map(|option| option["value"].as_str().unwrap()).collect();
+            assert_eq!(listed.join(","), offered, "{uid}");
+            let selected = options.iter().filter(|option| option["selected"] == true);
+            assert!(
+                selected.map(|option| option["value"].as_str()).eq([Some(value)]),
+                "{uid}: selected is {value}"
+            );
+            let name = variable["name"].as_str().unwrap();
+            chosen.push((format!("${{{name}:sqlstring}}"), format!("'{value}'")));
         }
         if variable["type"] != "query" {
             continue;

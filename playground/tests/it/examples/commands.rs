@@ -100,7 +100,7 @@ impl Commands {
         if !text.contains(' ') {
             return Ok(Vec::new());
         }
-        let ours = text.split_whitespace().next().is_some_and(is_ours);
+        let ours = text.split_whitespace().find(|word| !is_assignment(word)).is_some_and(is_ours);
         let commands = match shell::commands(text) {
             Err(problem) if ours => return Err(problem),
             commands => commands.unwrap_or_default(),
@@ -118,7 +118,7 @@ impl Commands {
             |word: &'_ str| word.trim_matches(|c: char| !c.is_ascii_alphanumeric() && c != '-').to_owned();
         let words: Vec<String> = text.split_whitespace().map(bare).collect();
         for (word, next) in words.iter().zip(words.iter().skip(1)) {
-            let command = match word.as_str() {
+            let command = match word.rsplit('/').next().unwrap_or(word) {
                 "tier0" => Cli::command().find_subcommand(next).is_some() || next.starts_with("--"),
                 // Alone it is a word like others.
                 "make" => next.contains('-') && self.make(&[next]).is_ok(),
@@ -241,7 +241,7 @@ impl Commands {
 
 fn is_ours(word: &str) -> bool {
     let name = word.rsplit('/').next().unwrap_or(word);
-    ["make", "tier0"].contains(&name) || PROGRAMS.contains(&name)
+    ["make", "tier0", "docker", "logs", "curl", "sql"].contains(&name) || PROGRAMS.contains(&name)
 }
 
 fn collect(command: &clap::Command, options: &mut BTreeSet<String>) {
