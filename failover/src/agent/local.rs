@@ -188,6 +188,19 @@ impl Session {
         Ok(row.map(|row| row.try_get(0)).transpose().context("read the answer")?.map(Pid::from_raw))
     }
 
+    /// Whether the running Postgres has read that it follows nobody.
+    ///
+    /// # Errors
+    /// When there is no answer within `limit`.
+    pub async fn follows_nobody(&self, limit: Duration) -> anyhow::Result<bool> {
+        let sql = "SELECT current_setting('primary_conninfo') = ''";
+        let row = timeout(limit, self.client.query_one(sql, &[]))
+            .await
+            .map_err(|_| anyhow!("no answer within {limit:?}"))?
+            .context("ask whom it follows")?;
+        row.try_get(0).context("read the answer")
+    }
+
     /// The least that can be asked.
     ///
     /// # Errors

@@ -1,12 +1,12 @@
 //! How long a fence waits for whom; the simulation knows no time.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use super::*;
 use crate::decide::tests::{sample, seen};
 use crate::hands::OrderError;
 use crate::protocol::{NodeStatus, Order, Postmaster};
-use std::time::Duration;
 
 /// Answers of a healthy node to everything, each node after its own time; orders end with their limit.
 struct Slow {

@@ -113,3 +113,30 @@ async fn a_primary_that_cannot_be_started_does_not_hide_the_former_one() {
     let most = 2 + usize::try_from(outage.as_millis() / 500).unwrap();
     assert!((1..=most).contains(&tries), "{tries} tries in {outage:?}, at least half a second apart");
 }
+
+/// A standby whose configuration somebody broke cannot be detached for certain: the primary that is gone might come back and
+/// find it following. It is not promoted until it has read that it follows nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_that_reads_no_configuration_is_no_fence() {
+    let mut fixture = Setup::default().start().await;
+    let load = Load::start(&fixture.database()).await;
+    load.commits_after(Instant::now(), 10).await;
+    let conf = fixture.cluster.nodes[1].data().join("postgresql.conf");
+    let good = std::fs::read_to_string(&conf).unwrap();
+    std::fs::write(&conf, format!("{good}\nno_such_setting = on\n")).unwrap();
+    fixture.kill_node("region1").await;
+    fixture
+        .until("refused", |status| {
+            status.last_failover.as_ref().is_some_and(|last| !last.success) && !status.failover_under_way
+        })
+        .await;
+    assert!(fixture.writable().await.is_empty(), "nobody leads");
+    std::fs::write(&conf, good).unwrap();
+    fixture
+        .until("failed over", |status| status.current_region == "region2" && !status.failover_under_way)
+        .await;
+    load.commits_after(Instant::now(), 10).await;
+    fixture.revive_node("region1").await;
+    assert_eq!(fixture.whole().await.current_region, "region2");
+    load.finish().await;
+}

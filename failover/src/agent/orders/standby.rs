@@ -190,7 +190,6 @@ impl Orders {
             if status.is_writable() {
                 return Err(Refusal::new("leads", "it is writable, not a standby"));
             }
-            // That nothing is received now may have another cause; a fence must not rest on it.
             self.node.doubt();
             self.node.configure(None, None)?;
             if status.is_stopped() {
@@ -199,13 +198,21 @@ impl Orders {
         }
         loop {
             self.check(number, deadline)?;
-            match self.look().await {
-                Ok(sample) if sample.receiver.is_none() => return Ok(self.status()),
-                Ok(_) => {}
+            match self.is_detached().await {
+                Ok(true) => return Ok(self.status()),
+                Ok(false) => {}
                 Err(error) => tracing::debug!(error = format!("{error:#}"), "not detached yet"),
             }
             sleep(LOOK).await;
         }
+    }
+
+    /// That nothing is received may have another cause, which may pass: a fence rests on what Postgres has read.
+    async fn is_detached(&self) -> anyhow::Result<bool> {
+        let session = self.ready.take().await?;
+        let alone = session.1.follows_nobody(QUERY).await?;
+        self.ready.put(session);
+        Ok(alone && self.look().await?.receiver.is_none())
     }
 }
 
