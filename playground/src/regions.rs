@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use failover::orchestrator::report::{HistoryReport, Status};
+use failover::orchestrator::report::{HistoryReport, NodeReport, Status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -192,11 +192,23 @@ impl Regions {
         limit: Duration,
         condition: impl Fn(&Status) -> bool,
     ) -> anyhow::Result<Status> {
-        let deadline = Instant::now() + limit;
+        self.until_since(what, limit, |status, _| condition(status)).await
+    }
+
+    /// As [`Regions::until`]; the condition is also given how long after the call the orchestrator was asked.
+    async fn until_since(
+        &self,
+        what: &str,
+        limit: Duration,
+        condition: impl Fn(&Status, Duration) -> bool,
+    ) -> anyhow::Result<Status> {
+        let called = Instant::now();
+        let deadline = called + limit;
         loop {
+            let asked = called.elapsed();
             let status = self.status().await;
             if let Ok(status) = &status
-                && condition(status)
+                && condition(status, asked)
             {
                 return Ok(status.clone());
             }
@@ -213,7 +225,7 @@ impl Regions {
     /// As [`Regions::until`].
     pub async fn whole(&self, limit: Duration) -> anyhow::Result<Status> {
         let others = self.agents.len() - 1;
-        self.until("whole", limit, |status| is_whole(status, others)).await
+        self.until_since("whole", limit, |status, lately| is_whole(status, others, lately)).await
     }
 
     /// Makes a region the primary; the answer's status and body.
@@ -259,13 +271,18 @@ impl Regions {
     }
 }
 
-/// Whether every one of `others` standbys holds everything and nothing is under way.
+/// Whether every one of `others` standbys streams and holds everything and nothing is under way, by what agents said within
+/// `lately`: what was heard before somebody was killed says nothing of what is now.
 #[must_use]
-pub fn is_whole(status: &Status, others: usize) -> bool {
+pub fn is_whole(status: &Status, others: usize, lately: Duration) -> bool {
+    let standbys = status.nodes.iter().filter(|node| node.role == "standby" && node.streaming);
+    let heard =
+        |node: &NodeReport| node.agent_last_seen_ms.is_some_and(|ago| Duration::from_millis(ago) < lately);
     status.sync_set.len() == others
         && !status.failover_under_way
         && status.primary_condition == "alive"
-        && status.nodes.iter().filter(|node| node.role == "standby").count() == others
+        && standbys.count() == others
+        && status.nodes.iter().all(heard)
 }
 
 /// What an orchestrator says.
@@ -324,4 +341,35 @@ fn agent(dir: &Path, node: &Postgres, token: &Path) -> anyhow::Result<Launch> {
         .set("region_agent.replication_user", Role::Replicator.name())
         .set("region_agent.replication_password", passwords.of(Role::Replicator))
         .set("region_agent.token_file", token.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn status(streaming: bool, ago: u64) -> Status {
+        let node = |region: &str, role: &str, streaming: bool| {
+            json!({"region": region, "address": "h:1", "role": role, "timeline": 1, "lsn": "0/10", "lag_bytes": null, "lag_seconds": null,
+                   "sync_state": "none", "streaming": streaming, "agent_last_seen_ms": ago, "postgres_last_seen_ms": ago})
+        };
+        serde_json::from_value(json!({
+            "current_region": "region1", "primary_condition": "alive", "epoch": 1, "mode": "auto", "copies": "available",
+            "sync_set": ["region2"], "wait_for": ["region2"],
+            "nodes": [node("region1", "primary", false), node("region2", "standby", streaming)],
+            "redis": {"configured": false, "master": null, "region": null, "error": null}, "deployment_version": "1",
+            "failover_count": 0, "failover_under_way": false, "last_failover": null, "alarms": []
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn whole_is_what_streams_and_was_heard_lately() {
+        let lately = Duration::from_millis(50);
+        assert!(is_whole(&status(true, 49), 1, lately));
+        assert!(!is_whole(&status(false, 49), 1, lately), "in the set, but away");
+        assert!(!is_whole(&status(true, 50), 1, lately), "heard before");
+        assert!(!is_whole(&status(true, 49), 2, lately), "one is missing");
+    }
 }

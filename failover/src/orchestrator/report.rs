@@ -62,6 +62,8 @@ pub struct NodeReport {
     pub lag_seconds: Option<f64>,
     /// `sync`: holds every acknowledged commit. `catching_up`: waited for, not confirmed yet. `async`: streams. `none`.
     pub sync_state: String,
+    /// Streams from the primary, by its own words. False for the primary; a switchover needs it of its target.
+    pub streaming: bool,
     pub agent_last_seen_ms: Option<u64>,
     pub postgres_last_seen_ms: Option<u64>,
 }
@@ -172,6 +174,7 @@ pub fn condition(condition: &Condition) -> String {
 #[must_use]
 pub fn nodes(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<NodeReport> {
     let primary = view.node(&state.primary).and_then(|seen| seen.sample(now, &rules.policy));
+    let upstream = rules.addresses.get(&state.primary);
     let ago = |at: Option<Duration>| at.map(|at| millis(now.saturating_sub(at)));
     view.nodes
         .iter()
@@ -201,6 +204,7 @@ pub fn nodes(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<No
                 lag_bytes: lag,
                 lag_seconds: sample.filter(|sample| sample.in_recovery).map(|sample| sample.lag_seconds),
                 sync_state: sync_state.into(),
+                streaming: status.is_some() && upstream.is_some_and(|upstream| seen.streams_from(upstream)),
                 agent_last_seen_ms: ago(seen.heard),
                 postgres_last_seen_ms: ago(seen.probed),
             }

@@ -163,11 +163,18 @@ impl Fixture {
 
     /// Waits until the status fulfils a condition.
     pub(crate) async fn until(&self, what: &str, condition: impl Fn(&Status) -> bool) -> Status {
-        let deadline = Instant::now() + LIMIT;
+        self.until_since(what, |status, _| condition(status)).await
+    }
+
+    /// The condition is also given how long after the call the orchestrator was asked.
+    async fn until_since(&self, what: &str, condition: impl Fn(&Status, Duration) -> bool) -> Status {
+        let called = Instant::now();
+        let deadline = called + LIMIT;
         loop {
+            let asked = called.elapsed();
             let status: Option<Status> = self.get("/status").await;
             if let Some(status) = &status
-                && condition(status)
+                && condition(status, asked)
             {
                 return status.clone();
             }
@@ -180,10 +187,10 @@ impl Fixture {
         }
     }
 
-    /// Every standby holds everything, and nothing is under way.
+    /// Every standby streams and holds everything, and nothing is under way: as seen after the call.
     pub(crate) async fn whole(&self) -> Status {
         let others = self.agents.len() - 1;
-        self.until("whole", |status| is_whole(status, others)).await
+        self.until_since("whole", |status, lately| is_whole(status, others, lately)).await
     }
 
     pub(crate) fn index(&self, region: &str) -> usize {

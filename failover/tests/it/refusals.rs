@@ -264,10 +264,13 @@ async fn loss_needs_a_word_from_an_operator() {
 /// A node that never had data, or lost its disk, is cloned, and is as good as any other afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_data_is_cloned_and_can_lead() {
-    let mut fixture = Setup::default().start().await;
+    // It keeps its place in the set meanwhile, so its role and the set alone would not show that it is away.
+    let mut fixture = Setup::default().set("orchestrator.policy.degrade_after", "60s").start().await;
     let load = Load::start(&fixture.database()).await;
     fixture.kill_node("region2").await;
     fixture.empty_disk("region2");
+    let away = fixture.until("away", |status| !status.nodes[1].streaming).await;
+    assert!(away.sync_set.contains("region2"), "{away:#?}");
     fixture.revive_node("region2").await;
     fixture.whole().await;
     assert!(fixture.cluster.nodes[1].data().join("PG_VERSION").is_file());

@@ -156,7 +156,8 @@ fn lines(status: &Status, now: Timestamp) -> Vec<String> {
     let mut lines = vec![format!("regions: {} is the primary; {mode}", status.current_region)];
     for node in &status.nodes {
         let what = match (node.role.as_str(), node.sync_state.as_str()) {
-            ("standby", "sync") => "holds every acknowledged commit",
+            ("standby", "sync") if node.streaming => "holds every acknowledged commit",
+            ("standby", "sync") => "holds every acknowledged commit, DOES NOT STREAM",
             ("standby", "catching_up") => "is catching up, commits wait for it",
             ("standby", "async") => "streams, commits do not wait for it",
             ("standby", _) => "DOES NOT STREAM",
@@ -237,9 +238,9 @@ mod tests {
             "copies": "available", "sync_set": ["region1"], "wait_for": ["region1"],
             "nodes": [
                 {"region": "region1", "address": "h:1", "role": "standby", "timeline": 3, "lsn": "0/10",
-                 "lag_bytes": 12, "lag_seconds": 0.1, "sync_state": "sync", "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1},
+                 "lag_bytes": 12, "lag_seconds": 0.1, "sync_state": "sync", "streaming": true, "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1},
                 {"region": "region2", "address": "h:2", "role": "primary", "timeline": 3, "lsn": "0/10",
-                 "lag_bytes": null, "lag_seconds": null, "sync_state": "none", "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1}],
+                 "lag_bytes": null, "lag_seconds": null, "sync_state": "none", "streaming": false, "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1}],
             "redis": {"configured": true, "master": "h:3", "region": "region2", "error": null},
             "deployment_version": "1", "failover_count": 1, "failover_under_way": false, "last_failover": null,
             "alarms": ["look here"]
