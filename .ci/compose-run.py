@@ -15,6 +15,7 @@ Needs root and debootstrap, about 1 GB; not part of `make test`.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,39 @@ class Run:
             time.sleep(0.5)
         print(f"  {what}: {seen}", flush=True)
 
+    def runbooks(self):
+        """What docs/runbooks/README.md has people on call paste for Compose, with a `docker` that knows these services."""
+        page = (REPO / "docs/runbooks/README.md").read_text()
+        block = re.search(r"^    on\(\).*?(?=^\S)", page, re.M | re.S)[0]
+        places = []
+        for name in SERVICES:
+            uid, gid = str(self.services[name]["user"]).split(":")
+            command = ["env", "-i", *(f"{key}={value}" for key, value in self.environment[name].items()), "nsenter", "-t", self.child(name)[0], "-m", "-n",
+                       "-p", "-u", "chroot", str(WORK / "services" / name / "root"), "setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--"]
+            places.append(f"inside_{name.replace('-', '_')}() {{ {shlex.join(command)} env $given \"$@\"; }}")
+        docker = [*places, f"""docker() {{
+            [ "$1" = compose ] || return 9; shift; local verb=$1 given=; shift
+            while case $1 in -e|--tail) [ "$1" = -e ] && given=$2; shift ;; -*) ;; *) false ;; esac do shift; done
+            case $verb in exec) "inside_${{1//-/_}}" "${{@:2}}" ;; logs) cat "{WORK}/$1.log" ;; *) return 9 ;; esac; }}"""]
+        script = "\n".join([*docker, f"cd {WORK}/repo", block])
+
+        def ask(command, wanted):
+            done = subprocess.run(["bash", "-c", script + "\n" + command], text=True, capture_output=True, timeout=60)
+            if not re.search(wanted, done.stdout):
+                sys.exit(f"{command}: no {wanted!r} in {done.stdout!r}, {done.stderr!r}")
+            print(f"  {command}: as the page says", flush=True)
+
+        leader = self.request("GET", "/status")["current_region"]
+        follower = "region1" if leader == "region2" else "region2"
+        for node, standby in [("primary", "f"), ("standby", "t"), (leader, "f"), (follower, "t")]:
+            ask(f'sql {node} "SELECT pg_is_in_recovery() AS standby"', rf"standby\s+-+\s+{standby}\s")
+        for at, wanted in [("9101/metrics", "ingest_rows"), ("9103/health/ready", "ready"), ("8101/health/live", "."), ("8102/health/live", "."),
+                           ("8003/health/ready", ".")]:
+            ask(f"get {at}", wanted)
+        ask("logs mqtt-consumer", "INFO|info")
+        ask('sql nobody "SELECT 1"; [ $? = 1 ] && echo refused', "refused")
+        ask('[ -n "$TOKEN" ] && echo token', "token")
+
     def try_it(self):
         self.until("every device stored", lambda: (count := self.sql("SELECT count(DISTINCT device_id) FROM device_telemetry")) == str(DEVICES) and count)
         self.until("sessions stored", lambda: int(count := self.sql("SELECT count(*) FROM user_sessions")) > 100 and count)
@@ -214,6 +248,7 @@ class Run:
             if not self.healthy(name):
                 self.fail(name, "is not healthy any more")
         print("  all healthy, no dead letter")
+        self.runbooks()
 
     def stop(self, orderly):
         for name in reversed(list(self.running)):

@@ -70,7 +70,7 @@ status() { curl -sS --noproxy '*' --max-time 5 "http://127.0.0.1:$api/status" 2>
 # Both nodes hold everything, and REGION leads.
 whole() {
     tries=0
-    until status | grep -q "\"current_region\":\"$1\".*\"sync_set\":\[\"region[12]\"\].*\"failover_under_way\":false"; do
+    until status | grep -q "\"current_region\":\"$1\".*\"sync_set\":\[\"region[12]\"\].*\"streaming\":true.*\"failover_under_way\":false"; do
         for pid in $pids; do kill -0 "$pid" 2>/dev/null || fail "a process ended"; done
         [ $((tries += 1)) -lt 600 ] || fail "not whole under $1 after a minute: $(status)"
         sleep 0.1

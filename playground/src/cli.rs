@@ -27,7 +27,7 @@ use crate::{commands, docs, up};
   tier0 up --without device-simulator    bring your own client: mosquitto_pub -t og/field/SITE/TYPE/ID -m ...
   tier0 status                           regions, roles, lag, processes
   tier0 failover region2                 make the other region the primary
-  tier0 psql                             SQL on region1 while it runs (and after)
+  tier0 psql                             SQL on the primary while it runs (and after)
   tier0 logs mqtt-consumer -f"
 )]
 pub struct Cli {
@@ -112,8 +112,9 @@ Examples:
     Docs,
     /// Open psql on one node; nodes that do not run are started for the session
     Psql {
-        #[arg(default_value = "region1")]
-        region: String,
+        /// `primary` or `standby`, whichever node that is now; or `region1`, `region2`
+        #[arg(default_value = "primary", value_name = "NODE")]
+        node: String,
         /// As the superuser instead of as the owner of tier0_db
         #[arg(long)]
         admin: bool,
@@ -210,7 +211,7 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::BenchFailover(args) => bench::failover::run(args).await,
             Command::Docs => docs::write().map(|()| ExitCode::SUCCESS),
             Command::Drill { drill } => drill::run(drill).await,
-            Command::Psql { region, admin, args } => commands::psql(&home, &region, admin, &args).await,
+            Command::Psql { node, admin, args } => commands::psql(&home, &node, admin, &args).await,
             Command::Verify { json, ledger } => commands::verify(&home, json, ledger.as_deref()).await,
         }
     });

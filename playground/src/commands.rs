@@ -190,31 +190,33 @@ impl Nodes {
     }
 }
 
+/// Where `psql` is to look: a node by its name, or whichever node plays the part now.
+fn destination(nodes: &[(String, u16)], whom: &str) -> anyhow::Result<String> {
+    let found: Vec<_> = match whom {
+        "primary" | "standby" => nodes.iter().collect(),
+        name => nodes.iter().filter(|(node, _)| node == name).collect(),
+    };
+    if found.is_empty() {
+        let names: Vec<&str> = nodes.iter().map(|(name, _)| name.as_str()).collect();
+        bail!("no node {whom}; there are: primary, standby, {}", names.join(", "));
+    }
+    let part = if matches!(whom, "primary" | "standby") { whom } else { "any" };
+    let hosts = vec!["127.0.0.1"; found.len()].join(",");
+    let ports: Vec<String> = found.iter().map(|(_, port)| port.to_string()).collect();
+    Ok(format!("host={hosts} port={} target_session_attrs={part} connect_timeout=5", ports.join(",")))
+}
+
 /// `psql` on one node.
 ///
 /// # Errors
 /// When there is no such node.
-pub async fn psql(home: &Home, region: &str, admin: bool, args: &[String]) -> anyhow::Result<ExitCode> {
+pub async fn psql(home: &Home, whom: &str, admin: bool, args: &[String]) -> anyhow::Result<ExitCode> {
     let nodes = Nodes::find(home).await?;
-    let list = nodes.list();
-    let Some((_, port)) = list.iter().find(|(name, _)| name == region) else {
-        bail!(
-            "no node {region}; there are: {}",
-            list.into_iter().map(|(name, _)| name).collect::<Vec<_>>().join(", ")
-        );
-    };
+    let destination = destination(&nodes.list(), whom)?;
     let role = if admin { Role::Admin } else { Role::Owner };
     let status = Command::new(shipped::postgres_bin()?.join("psql"))
-        .args([
-            "-h",
-            "127.0.0.1",
-            "-p",
-            &port.to_string(),
-            "-U",
-            role.name(),
-            "-d",
-            crate::postgres::DATABASE,
-        ])
+        .args(["-U", role.name(), "-d"])
+        .arg(format!("{destination} dbname={}", crate::postgres::DATABASE))
         .args(args)
         .env("PGPASSWORD", Cluster::passwords(home.data())?.of(role))
         .status()

@@ -73,10 +73,15 @@ impl Snapshot {
     /// process group does not find them; the tree does, as long as its root lives.
     #[must_use]
     pub fn descendants(&self, root: i32) -> Vec<i32> {
+        self.descendants_but(root, &[])
+    }
+
+    fn descendants_but(&self, root: i32, others: &[i32]) -> Vec<i32> {
         let mut found = Vec::new();
         let mut next = vec![root];
         while let Some(pid) = next.pop() {
-            for child in self.children.get(&pid).into_iter().flatten() {
+            for child in self.children.get(&pid).into_iter().flatten().filter(|child| !others.contains(child))
+            {
                 found.push(*child);
                 next.push(*child);
             }
@@ -87,7 +92,13 @@ impl Snapshot {
     /// Processor time of a process and all below it, in seconds. 0 when it is gone.
     #[must_use]
     pub fn tree_cpu_seconds(&self, root: i32) -> f64 {
-        let tree = std::iter::once(root).chain(self.descendants(root));
+        self.tree_cpu_seconds_but(root, &[])
+    }
+
+    /// The same without `others` and all below them: they are accounted for themselves.
+    #[must_use]
+    pub fn tree_cpu_seconds_but(&self, root: i32, others: &[i32]) -> f64 {
+        let tree = std::iter::once(root).chain(self.descendants_but(root, others));
         tree.filter_map(|pid| self.stats.get(&pid)).map(|stat| stat.cpu_seconds).sum()
     }
 }
@@ -140,6 +151,18 @@ mod tests {
         let stat = parse(line).unwrap();
         assert_eq!((stat.parent, stat.state, stat.started, stat.rss_bytes), (1, 'T', 123_456, 8192));
         assert!((stat.cpu_seconds - 2.14).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_tree_leaves_out_what_is_accounted_for_itself() {
+        let mut snapshot = Snapshot::default();
+        for (pid, parent, cpu_seconds) in [(1, 0, 1.0), (2, 1, 2.0), (3, 2, 4.0), (4, 1, 8.0)] {
+            let stat = Stat { parent, state: 'S', cpu_seconds, rss_bytes: 0, started: 0 };
+            snapshot.children.entry(parent).or_default().push(pid);
+            snapshot.stats.insert(pid, stat);
+        }
+        let sums = [snapshot.tree_cpu_seconds(1), snapshot.tree_cpu_seconds_but(1, &[1, 2])];
+        assert_eq!(sums, [15.0, 9.0]);
     }
 
     #[test]

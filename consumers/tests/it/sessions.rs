@@ -70,10 +70,12 @@ impl Stage {
     async fn until_acknowledged(&mut self) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let metrics = self.consumer.metrics().await.unwrap();
-            let answered = metrics.count("ingest_acknowledged_total")
-                + metrics.count("rabbitmq_stale_acknowledgements_total");
-            if answered == metrics.count("ingest_received_total") && self.waiting(QUEUE).await == 0 {
+            let all = self.consumer.metrics().await.is_ok_and(|metrics| {
+                let answered = metrics.count("ingest_acknowledged_total")
+                    + metrics.count("rabbitmq_stale_acknowledgements_total");
+                answered == metrics.count("ingest_received_total")
+            });
+            if all && self.waiting(QUEUE).await == 0 {
                 self.consumer.terminate(PATIENCE).await.unwrap();
                 if self.waiting(QUEUE).await == 0 {
                     return;

@@ -20,7 +20,10 @@ async fn a_caller_that_hangs_up_leaves_nothing_behind() {
         assert!(Instant::now() < deadline, "{:#?}", fixture.status().await);
         let url = format!("http://127.0.0.1:{}/failover/region2", fixture.orchestrator.port());
         let request = fixture.http.post(url).bearer_auth(TOKEN).timeout(Duration::from_millis(10));
-        assert!(request.send().await.is_err(), "answered although it cannot be through");
+        // One that comes when the first is known already is refused at once.
+        if let Ok(answer) = request.send().await {
+            assert!(matches!(answer.status().as_u16(), 409 | 503), "answered although it cannot be through");
+        }
     }
     // Nobody waits for the first any more; it is under way all the same.
     let (found, body) = fixture.failover("region2", "").await;

@@ -156,7 +156,8 @@ async fn paused_does_not_make_an_outage_of_a_dead_standby() {
     fixture.until("seen", |status| status.nodes[1].role == "stopped").await;
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(2) {
-        assert_eq!(fixture.status().await.nodes[1].role, "stopped");
+        let role = fixture.status().await.nodes[1].role.clone();
+        assert!(matches!(role.as_str(), "stopped" | "unknown"), "{role}");
         load.commits_after(Instant::now(), 5).await;
     }
     let auto = Some(json!({"mode": "auto"}));

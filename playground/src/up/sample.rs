@@ -215,8 +215,11 @@ impl Sampler {
     fn usage(&mut self, stack: &Stack, before: &BTreeMap<String, f64>, elapsed: f64) -> Vec<Usage> {
         let snapshot = procfs::Snapshot::take();
         let mut usage = Vec::new();
-        for process in stack.processes() {
-            let cpu = snapshot.tree_cpu_seconds(process.pid);
+        let processes = stack.processes();
+        // An agent is the parent of its Postgres, which has a line of its own.
+        let listed: Vec<i32> = processes.iter().map(|process| process.pid).collect();
+        for process in processes {
+            let cpu = snapshot.tree_cpu_seconds_but(process.pid, &listed);
             let used = before.get(&process.name).map_or(0.0, |before| (cpu - before).max(0.0));
             usage.push(Usage {
                 name: process.name.clone(),

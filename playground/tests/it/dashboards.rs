@@ -61,7 +61,7 @@ async fn every_panel_of_every_dashboard_shows_something() {
         open.extend(questions);
     }
     loop {
-        let mut still = Vec::new();
+        let (mut still, mut failed) = (Vec::new(), String::new());
         for question in open {
             let shown = match question.source {
                 Source::Prometheus => prometheus.shows(&question.text, question.instant).await,
@@ -70,7 +70,11 @@ async fn every_panel_of_every_dashboard_shows_something() {
             match shown {
                 Ok(true) => {}
                 Ok(false) => still.push(question),
-                Err(error) => panic!("{}: {error:#}\n  {}", question.name, question.text),
+                // Prometheus may be too busy for an answer; what is wrong stays wrong.
+                Err(error) => {
+                    failed = format!("\n  {}: {error:#}\n    {}", question.name, question.text);
+                    still.push(question);
+                }
             }
         }
         open = still;
@@ -79,7 +83,7 @@ async fn every_panel_of_every_dashboard_shows_something() {
         }
         let list: Vec<String> =
             open.iter().map(|question| format!("{}\n    {}", question.name, question.text)).collect();
-        assert!(Instant::now() < deadline, "empty after {LIMIT:?}:\n  {}", list.join("\n  "));
+        assert!(Instant::now() < deadline, "empty after {LIMIT:?}:\n  {}{failed}", list.join("\n  "));
         tokio::time::sleep(PAUSE).await;
     }
 

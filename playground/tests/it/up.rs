@@ -168,7 +168,7 @@ fn every_acknowledged_reading_is_stored_once_on_both_nodes() {
     assert!(output.status.success() && text.contains("verdict: exact"), "{text}");
     let delete = "DELETE FROM device_telemetry WHERE (timestamp_utc, device_id) IN \
                   (SELECT timestamp_utc, device_id FROM device_telemetry OFFSET 100 LIMIT 1)";
-    let (output, text) = tier0.run(&["psql", "region1", "--", "-Atc", delete]);
+    let (output, text) = tier0.run(&["psql", "primary", "--", "-Atc", delete]);
     assert!(output.status.success() && text.contains("DELETE 1"), "{text}");
     let (output, text) = tier0.run(&["verify", "--json"]);
     assert_eq!(output.status.code(), Some(1), "{text}");
@@ -295,7 +295,7 @@ fn user_activity_is_exact_and_verified_afterwards() {
     assert!(output.status.success() && text.contains("verdict: exact"), "{text}");
     let change = "UPDATE user_sessions SET last_activity = last_activity - interval '1us' WHERE session_id IN \
                   (SELECT session_id FROM user_sessions ORDER BY last_activity DESC LIMIT 1)";
-    let (output, text) = tier0.run(&["psql", "region1", "--", "-Atc", change]);
+    let (output, text) = tier0.run(&["psql", "primary", "--", "-Atc", change]);
     assert!(output.status.success() && text.contains("UPDATE 1"), "{text}");
     let (output, text) = tier0.run(&["verify"]);
     assert_eq!(output.status.code(), Some(1), "{text}");
@@ -314,8 +314,10 @@ fn prometheus_watches_what_runs() {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let path = "/api/v1/query?query=count%20by%20(job)%20(up%20%3D%3D%201)";
-        let (status, body) = runtime.block_on(playground::http::get(prometheus.port, path)).unwrap();
-        assert_eq!(status, 200, "{body}");
+        let body = match runtime.block_on(playground::http::get(prometheus.port, path)) {
+            Ok((200, body)) => body,
+            other => format!("{other:?}"),
+        };
         let missing: Vec<&str> =
             ["mqtt-consumer", "device-simulator", "postgres", "mosquitto", "node", "prometheus"]
                 .into_iter()
@@ -352,8 +354,10 @@ fn status_down_and_a_second_up() {
         assert!(Instant::now() < deadline, "{text}");
     };
     assert!(text.contains("mqtt-consumer") && text.contains("ready"), "{text}");
-    let (output, text) = tier0.run(&["psql", "region2", "--", "-Atc", "SELECT pg_is_in_recovery()"]);
-    assert!(output.status.success() && text.trim() == "t", "{text}");
+    for (node, standby) in [("region2", "t"), ("standby", "t"), ("primary", "f")] {
+        let (output, text) = tier0.run(&["psql", node, "--", "-Atc", "SELECT pg_is_in_recovery()"]);
+        assert!(output.status.success() && text.trim() == standby, "{node}: {text}");
+    }
     let (output, text) = tier0.run(&["logs", "mosquitto"]);
     assert!(output.status.success() && text.contains("mosquitto version"), "{text}");
     let (output, text) = tier0.run(&["down"]);
@@ -417,6 +421,6 @@ fn a_second_interrupt_aborts_at_once() {
     let asked = Instant::now();
     let (status, text) = running.end();
     assert_eq!(status, Some(130), "{text}");
-    assert!(asked.elapsed() < Duration::from_secs(8), "{:?}", asked.elapsed());
+    assert!(asked.elapsed() < Duration::from_secs(30), "{:?}", asked.elapsed());
     wait_gone(&processes);
 }

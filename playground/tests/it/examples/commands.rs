@@ -143,6 +143,10 @@ impl Commands {
             "logs" => self.logs(rest)?,
             program if PROGRAMS.contains(&program) => run(program, rest)?,
             "curl" => return request(rest, next).map(|ask| Some(vec![ask])),
+            "get" => {
+                let [at] = rest else { return Err("get PORT/PATH is wanted".into()) };
+                return request(&[&format!("localhost:{at}")], next).map(|ask| Some(vec![ask]));
+            }
             "sql" => return query(rest).map(|ask| Some(vec![ask])),
             _ => return Ok(None),
         }
@@ -241,7 +245,7 @@ impl Commands {
 
 fn is_ours(word: &str) -> bool {
     let name = word.rsplit('/').next().unwrap_or(word);
-    ["make", "tier0", "docker", "logs", "curl", "sql"].contains(&name) || PROGRAMS.contains(&name)
+    ["make", "tier0", "docker", "logs", "curl", "get", "sql"].contains(&name) || PROGRAMS.contains(&name)
 }
 
 fn collect(command: &clap::Command, options: &mut BTreeSet<String>) {
@@ -311,10 +315,10 @@ fn request(words: &[&str], next: Option<&Vec<String>>) -> Result<Ask, String> {
 }
 
 fn query(words: &[&str]) -> Result<Ask, String> {
-    let [region @ ("region1" | "region2"), sql] = words else {
-        return Err("sql REGION 'STATEMENT' is wanted".into());
+    let [node @ ("primary" | "standby" | "region1" | "region2"), sql] = words else {
+        return Err("sql NODE 'STATEMENT' is wanted".into());
     };
-    Ok(Ask::new(What::Sql { region: (*region).to_owned(), sql: (*sql).to_owned() }))
+    Ok(Ask::new(What::Sql { node: (*node).to_owned(), sql: (*sql).to_owned() }))
 }
 
 #[test]

@@ -11,7 +11,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 
 pub(crate) enum What {
     Http { post: bool, port: u16, path: String, body: String, keys: Vec<String> },
-    Sql { region: String, sql: String },
+    Sql { node: String, sql: String },
 }
 
 pub(crate) struct Ask {
@@ -41,7 +41,7 @@ pub(crate) async fn ask(asks: &[Ask], cluster: &Cluster, token: &str, ports: imp
                 Some(port) => request(*post, port, path, body, keys, token).await,
                 None => Err(format!("nobody serves port {port}")),
             },
-            What::Sql { region, sql } => prepare(cluster, region, sql).await,
+            What::Sql { node, sql } => prepare(cluster, node, sql).await,
         };
         problems.extend(outcome.err().map(|problem| format!("{}: {problem}", ask.place)));
     }
@@ -74,8 +74,12 @@ async fn request(
 }
 
 /// Parsed and analysed by the server, not carried out.
-async fn prepare(cluster: &Cluster, region: &str, sql: &str) -> Result<(), String> {
-    let node = cluster.nodes.iter().find(|node| node.name() == region).ok_or("no such region")?;
+async fn prepare(cluster: &Cluster, node: &str, sql: &str) -> Result<(), String> {
+    let node = match node {
+        "primary" => cluster.primary(),
+        "standby" => cluster.standby(),
+        name => cluster.nodes.iter().find(|node| node.name() == name).ok_or("no such node")?,
+    };
     let db = node.connect(Role::Admin).await.map_err(|error| format!("{error:#}"))?;
     // Places a person fills in, and a COPY, which cannot be prepared: its query can.
     let sql = sql.replace("'FROM'", "'2026-01-01'").replace("'TO'", "'2026-01-02'").replace("(PID)", "(1)");
