@@ -39,7 +39,11 @@ async fn node(dir: &Path) -> Arc<Orders> {
     let started = dir.join("started");
     script(
         &bin.join("postgres"),
-        &format!("#!/bin/sh\ntrap '' HUP\necho $$ >> {}\nexec sleep 600\n", started.display()),
+        // A stop is an INT, which whoever started the tests in the background has switched off.
+        &format!(
+            "#!/bin/sh\ntrap '' HUP\necho $$ >> {}\nexec env --default-signal=INT sleep 600\n",
+            started.display()
+        ),
     );
     let settings = RegionAgent {
         data,
