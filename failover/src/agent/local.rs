@@ -3,15 +3,16 @@
 //! A statement that does not answer in time drops its session and is never cancelled: a cancelled wait for
 //! replication would report a commit that is on one machine only.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use nix::unistd::Pid;
 use serde::Deserialize;
+use tokio::sync::{Notify, OnceCell};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage, Statement};
 
 use crate::agent::conf::parse_names;
 use crate::agent::settings::RegionAgent;
@@ -25,19 +26,21 @@ const CONNECT: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone)]
 pub struct Local {
     config: Config,
+    /// Told of the end of each session.
+    ended: Arc<Notify>,
 }
 
 /// One session that is open already when an order comes: logging in costs as much as promoting.
 #[derive(Debug)]
 pub struct Ready {
     local: Local,
-    shared: std::sync::Arc<Shared>,
+    shared: Arc<Shared>,
     session: Mutex<Option<(u64, Session)>>,
 }
 
 impl Ready {
     #[must_use]
-    pub fn new(local: Local, shared: std::sync::Arc<Shared>) -> Self {
+    pub fn new(local: Local, shared: Arc<Shared>) -> Self {
         Self { local, shared, session: Mutex::default() }
     }
 
@@ -76,12 +79,13 @@ impl Ready {
 #[derive(Debug)]
 pub struct Session {
     pub client: Client,
+    sampling: OnceCell<Statement>,
     _driver: JoinSet<()>,
 }
 
 impl Local {
     #[must_use]
-    pub fn new(settings: &RegionAgent) -> Self {
+    pub fn new(settings: &RegionAgent, shared: &Shared) -> Self {
         let mut config = Config::new();
         config
             .host(&settings.host)
@@ -93,7 +97,7 @@ impl Local {
             .connect_timeout(CONNECT)
             // Ours must go through whatever the database's owner has set.
             .options("-c statement_timeout=0 -c synchronous_commit=on -c default_transaction_read_only=off");
-        Self { config }
+        Self { config, ended: shared.session_ended.clone() }
     }
 
     /// Another node, by the replication role.
@@ -107,7 +111,7 @@ impl Local {
             .password(settings.replication_password.expose())
             .dbname("postgres")
             .connect_timeout(CONNECT);
-        Self { config }
+        Self { config, ended: Arc::default() }
     }
 
     /// # Errors
@@ -117,13 +121,14 @@ impl Local {
             .await
             .map_err(|_| anyhow!("no session within {CONNECT:?}"))?
             .context("open a session")?;
-        let mut driver = JoinSet::new();
+        let (mut driver, ended) = (JoinSet::new(), self.ended.clone());
         driver.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "session ended");
             }
+            ended.notify_one();
         });
-        Ok(Session { client, _driver: driver })
+        Ok(Session { client, sampling: OnceCell::new(), _driver: driver })
     }
 }
 
@@ -153,7 +158,11 @@ impl Session {
     /// # Errors
     /// When there is no answer within `limit`.
     pub async fn sample(&self, limit: Duration) -> anyhow::Result<Sample> {
-        let row = timeout(limit, self.client.query_one(SAMPLE, &[]))
+        let asked = async {
+            let statement = self.sampling.get_or_try_init(|| self.client.prepare(SAMPLE)).await?;
+            self.client.query_one(statement, &[]).await
+        };
+        let row = timeout(limit, asked)
             .await
             .map_err(|_| anyhow!("no sample within {limit:?}"))?
             .context("sample")?;
@@ -193,12 +202,7 @@ impl Session {
     /// # Errors
     /// When there is no answer within `limit`.
     pub async fn follows_nobody(&self, limit: Duration) -> anyhow::Result<bool> {
-        let sql = "SELECT current_setting('primary_conninfo') = ''";
-        let row = timeout(limit, self.client.query_one(sql, &[]))
-            .await
-            .map_err(|_| anyhow!("no answer within {limit:?}"))?
-            .context("ask whom it follows")?;
-        row.try_get(0).context("read the answer")
+        self.whether("SELECT current_setting('primary_conninfo') = ''", limit).await
     }
 
     /// The least that can be asked.
@@ -206,11 +210,20 @@ impl Session {
     /// # Errors
     /// When there is no answer within `limit`.
     pub async fn is_in_recovery(&self, limit: Duration) -> anyhow::Result<bool> {
-        let row = timeout(limit, self.client.query_one("SELECT pg_is_in_recovery()", &[]))
+        self.whether("SELECT pg_is_in_recovery()", limit).await
+    }
+
+    /// In one message each way.
+    async fn whether(&self, sql: &str, limit: Duration) -> anyhow::Result<bool> {
+        let answer = timeout(limit, self.client.simple_query(sql))
             .await
-            .map_err(|_| anyhow!("no answer within {limit:?}"))?
-            .context("ask whether it recovers")?;
-        row.try_get(0).context("read the answer")
+            .map_err(|_| anyhow!("no answer within {limit:?}: {sql}"))?
+            .with_context(|| sql.to_owned())?;
+        let rows = answer.iter().filter_map(|message| match message {
+            SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        });
+        rows.last().map(|word| word == "t").with_context(|| format!("no row: {sql}"))
     }
 
     /// Runs statements, at most so long.

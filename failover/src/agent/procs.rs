@@ -33,6 +33,18 @@ fn works_in(pid: i32, data: &Path) -> bool {
         && std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("postgres"))
 }
 
+/// Whether a process will never run a line of its own again: the kernel is taking it apart, or has done so and its parent
+/// has not asked.
+#[must_use]
+pub fn is_exiting(pid: Pid) -> bool {
+    /// `PF_EXITING` of the flags in `/proc/PID/stat`.
+    const EXITING: u32 = 0x4;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name stands in parentheses and may hold anything.
+    let flags = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split_ascii_whitespace().nth(6));
+    flags.and_then(|flags| flags.parse::<u32>().ok()).is_some_and(|flags| flags & EXITING != 0)
+}
+
 /// Kills what a dead postmaster left, and returns when it is gone. What is dying gives way to everything else: freeing
 /// its shared memory costs processor time just when the other region takes over.
 ///
@@ -62,5 +74,24 @@ pub async fn sweep(data: &Path) -> anyhow::Result<()> {
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_killed_process_is_exiting_until_it_is_reaped() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        assert!(!is_exiting(pid));
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + LIMIT;
+        while !is_exiting(pid) {
+            assert!(std::time::Instant::now() < deadline, "killed, and it goes on");
+        }
+        child.wait().unwrap();
+        assert!(!is_exiting(pid), "gone");
     }
 }

@@ -1,9 +1,9 @@
 //! The node's status as the agent knows it, and who waits for it to change.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::protocol::{Control, NodeStatus, Postmaster, Sample, millis};
@@ -13,6 +13,8 @@ use crate::protocol::{Control, NodeStatus, Postmaster, Sample, millis};
 pub struct Shared {
     inner: Mutex<Inner>,
     changed: watch::Sender<u64>,
+    /// A session of ours with this Postgres has ended, for whatever reason.
+    pub(crate) session_ended: Arc<Notify>,
 }
 
 #[derive(Debug)]
@@ -40,7 +42,7 @@ impl Shared {
             estranged: false,
         };
         let inner = Inner { status, sampled: Instant::now(), life: 0 };
-        Self { inner: Mutex::new(inner), changed: watch::Sender::new(1) }
+        Self { inner: Mutex::new(inner), changed: watch::Sender::new(1), session_ended: Arc::default() }
     }
 
     /// The status now, with the age of its sample.
@@ -83,6 +85,17 @@ impl Shared {
         inner.status.control = control;
         inner.status.postmaster = postmaster;
         self.wake(&mut inner);
+    }
+
+    /// How the postmaster ended, known later than that it did.
+    pub fn exit(&self, life: u64, status: String, success: bool) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.life == life
+            && let Postmaster::Stopped { exit, clean, .. } = &mut inner.status.postmaster
+        {
+            (*exit, *clean) = (Some(status), success);
+            self.wake(&mut inner);
+        }
     }
 
     /// A control file read after the postmaster ended, unless something has happened since.

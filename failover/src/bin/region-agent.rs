@@ -61,7 +61,7 @@ async fn run(settings: AgentSettings) -> anyhow::Result<()> {
     let tasks = TaskTracker::new();
     let node = Postgres::new(&agent, rand::random(), tasks.clone())?;
     node.inspect().await?;
-    let (shared, local) = (node.shared.clone(), Local::new(&agent));
+    let (shared, local) = (node.shared.clone(), Local::new(&agent, &node.shared));
     let ready = Arc::new(Ready::new(local.clone(), shared.clone()));
     let orders = Orders::new(node, local.clone(), ready.clone());
     let api = Arc::new(Api::new(orders, agent.token.clone(), tasks, Metrics::new(&registry)?));

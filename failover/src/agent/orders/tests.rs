@@ -58,7 +58,7 @@ async fn node(dir: &Path) -> Arc<Orders> {
     };
     let node = Postgres::new(&settings, 1, TaskTracker::new()).unwrap();
     node.inspect().await.unwrap();
-    let (shared, local) = (node.shared.clone(), Local::new(&settings));
+    let (shared, local) = (node.shared.clone(), Local::new(&settings, &node.shared));
     Arc::new(Orders::new(node, local.clone(), Arc::new(Ready::new(local, shared))))
 }
 
