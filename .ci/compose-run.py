@@ -227,6 +227,7 @@ class Run:
             ask(f"get {at}", wanted)
         ask("logs mqtt-consumer", "INFO|info")
         ask('sql nobody "SELECT 1"; [ $? = 1 ] && echo refused', "refused")
+        ask('sql primary "SELECT 1/0"; [ $? != 0 ] && echo failed', "failed")
         ask('[ -n "$TOKEN" ] && echo token', "token")
 
     def try_it(self):

@@ -149,13 +149,19 @@ fn revive(state: &State, view: &View, rules: &Rules, now: Duration, forsaken: bo
     Action::Nothing
 }
 
-fn exit_reason(view: &View, primary: &str) -> String {
+/// Why a primary is replaced whose agent says that it does not run: how it ended, as far as that is known.
+pub(crate) fn exit_reason(view: &View, primary: &str) -> String {
     match view.node(primary).and_then(|seen| seen.status.as_ref()).map(|status| &status.postmaster) {
         Some(Postmaster::Stopped { exit: Some(exit), .. }) => {
             format!("postmaster of {primary} ended: {exit}")
         }
-        _ => format!("postmaster of {primary} is not running"),
+        _ => not_running(primary),
     }
+}
+
+/// The same while it is not known.
+pub(crate) fn not_running(primary: &str) -> String {
+    format!("postmaster of {primary} is not running")
 }
 
 /// The primary lives: keep the sync set true and as large as it can be.

@@ -129,8 +129,8 @@ pub struct Command {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "is", rename_all = "snake_case")]
 pub enum Postmaster {
-    /// Not running. `exit` says how it ended; none when this agent has not run it yet. `settled`: its last child is
-    /// gone too and the control file was read.
+    /// Not running. `exit` says how it ended; none when this agent has not run it, or is not told yet.
+    /// `settled`: its last child is gone too and the control file was read.
     Stopped {
         exit: Option<String>,
         clean: bool,

@@ -123,12 +123,22 @@ impl Local {
             .context("open a session")?;
         let (mut driver, ended) = (JoinSet::new(), self.ended.clone());
         driver.spawn(async move {
+            // Also when the session is dropped: whoever was answered with the server's last words drops it first.
+            let _told = Told(ended);
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "session ended");
             }
-            ended.notify_one();
         });
         Ok(Session { client, sampling: OnceCell::new(), _driver: driver })
+    }
+}
+
+/// Tells of its end.
+struct Told(Arc<Notify>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.notify_one();
     }
 }
 

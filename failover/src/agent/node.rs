@@ -239,20 +239,22 @@ impl Postgres {
         self.tasks.spawn(async move {
             let ended = tokio::select! {
                 status = child.wait() => Some(outcome(status)),
-                () = dies(pid, &shared) => None,
+                () = procs::dies(pid, &shared) => None,
             };
             let asked = shared.status().postmaster == Postmaster::Stopping;
-            let (clean, exit) =
-                ended.clone().unwrap_or((false, "unasked, its exit status is not known yet".into()));
+            let (clean, exit) = ended.clone().map_or((false, None), |(clean, exit)| (clean, Some(exit)));
             if !asked {
-                tracing::error!(exit, "the postmaster ended unasked");
+                tracing::error!(
+                    exit = exit.as_deref().unwrap_or("not known yet"),
+                    "the postmaster ended unasked"
+                );
             }
             // Said at once; what its control file holds follows when its last child is gone. Under the lock, so that
             // an order to stop that comes now cannot have the last word.
             {
                 let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
                 *slot = None;
-                shared.postmaster(Postmaster::Stopped { exit: Some(exit), clean, settled: false }, None);
+                shared.postmaster(Postmaster::Stopped { exit, clean, settled: false }, None);
             }
             let life = shared.life();
             if ended.is_none() {
@@ -359,18 +361,6 @@ fn outcome(status: std::io::Result<ExitStatus>) -> (bool, String) {
     match status {
         Ok(status) => (status.success(), status.to_string()),
         Err(error) => (false, error.to_string()),
-    }
-}
-
-/// Ends when the kernel takes a postmaster apart that nobody asked to stop. Its sessions learn of that first, by a pipe that
-/// is closed on the way; its parent last, and a dozen sessions that end at once, each with its share of the memory to
-/// free, come in between: 30 to 50 ms on two busy cores.
-async fn dies(pid: Option<Pid>, shared: &Shared) {
-    loop {
-        shared.session_ended.notified().await;
-        if shared.status().postmaster != Postmaster::Stopping && pid.is_some_and(procs::is_exiting) {
-            return;
-        }
     }
 }
 

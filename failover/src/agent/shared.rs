@@ -179,3 +179,24 @@ fn differs(a: &Sample, b: &Sample) -> bool {
         || streams(a) != streams(b)
         || standbys(a) != standbys(b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_it_ended_is_added_to_the_life_that_ended() {
+        let shared = Shared::new("a", 1, 0);
+        let ended = || Postmaster::Stopped { exit: None, clean: false, settled: false };
+        shared.postmaster(ended(), None);
+        let life = shared.life();
+        shared.exit(life - 1, "another".into(), true);
+        assert_eq!(shared.status().postmaster, ended());
+        shared.exit(life, "signal: 9".into(), false);
+        let told = Postmaster::Stopped { exit: Some("signal: 9".into()), clean: false, settled: false };
+        assert_eq!(shared.status().postmaster, told);
+        shared.postmaster(Postmaster::Starting, None);
+        shared.exit(shared.life(), "late".into(), false);
+        assert_eq!(shared.status().postmaster, Postmaster::Starting);
+    }
+}

@@ -204,7 +204,8 @@ pub fn nodes(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<No
                 lag_bytes: lag,
                 lag_seconds: sample.filter(|sample| sample.in_recovery).map(|sample| sample.lag_seconds),
                 sync_state: sync_state.into(),
-                streaming: status.is_some() && upstream.is_some_and(|upstream| seen.streams_from(upstream)),
+                streaming: seen.sample(now, &rules.policy).is_some()
+                    && upstream.is_some_and(|upstream| seen.streams_from(upstream)),
                 agent_last_seen_ms: ago(seen.heard),
                 postgres_last_seen_ms: ago(seen.probed),
             }

@@ -80,6 +80,7 @@ async fn dead_sentinels_do_not_hold_up_postgres() {
     }
     let report = fixture.switch("region2").await;
     assert!(report.success, "{report:#?}");
+    assert!(report.write_gap_ms.unwrap() < 10_000.0 && report.total_duration_ms < 30_000.0, "{report:#?}");
     let step = report.steps.iter().find(|step| step.action == "redis").unwrap();
     assert_eq!(step.status, "failed", "said, not hidden: {step:?}");
     fixture.until("shown", |status| status.redis.error.is_some()).await;

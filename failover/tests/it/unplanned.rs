@@ -55,7 +55,11 @@ async fn a_killed_postmaster_is_replaced_and_comes_back_as_standby() {
         load.commits_after(Instant::now(), 10).await;
         let started = Instant::now();
         fixture.kill_postmaster(&from);
-        gaps.push(gap(&fixture, &load, &from, started).await.0);
+        let (waited, status) = gap(&fixture, &load, &from, started).await;
+        gaps.push(waited);
+        // Known later than that it ended, and all the same in the record.
+        let reason = status.last_failover.unwrap().reason;
+        assert!(reason.contains("SIGKILL"), "{reason}");
         let rejoin = Instant::now();
         fixture.whole().await;
         println!("whole again after {:?}", rejoin.elapsed());

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::Engine;
+use crate::decide;
 use crate::hands::Hands;
 use crate::history::Entry;
 use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord};
@@ -128,6 +129,10 @@ impl Engine {
         if let Some(mut record) = redis {
             record.number = u32::try_from(operation.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
             operation.steps.push(record);
+        }
+        // By now its agent has been told how it ended.
+        if operation.reason == decide::not_running(&operation.source) {
+            operation.reason = decide::exit_reason(&self.remote.watched.view(), &operation.source);
         }
         let decided = operation.is_decided();
         match &failure {

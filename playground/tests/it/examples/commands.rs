@@ -210,13 +210,14 @@ impl Commands {
                 (option, _) if option.starts_with('-') => {}
                 (word, None) => verb = Some(word),
                 // What follows is of the service's own world.
-                (service, Some("exec")) => return self.service(service),
+                (service, Some("exec" | "run")) => return self.service(service),
                 (service, Some(_)) => self.service(service)?,
             }
         }
         match verb {
             Some(
-                "up" | "down" | "ps" | "stop" | "kill" | "exec" | "logs" | "build" | "restart" | "start",
+                "up" | "down" | "ps" | "stop" | "kill" | "exec" | "run" | "logs" | "build" | "restart"
+                | "start",
             ) => Ok(()),
             other => Err(format!("docker compose {other:?}?")),
         }
