@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::Engine;
 use crate::decide;
@@ -15,8 +15,11 @@ use crate::history::Entry;
 use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord};
 use crate::orchestrator::checks::{self, Question};
 use crate::orchestrator::trace;
-use crate::protocol::Node;
+use crate::protocol::{Node, Postmaster};
 use crate::state::{Copies, State};
+
+/// Longest wait for how a postmaster ended.
+const LEARN: Duration = Duration::from_secs(2);
 
 impl Engine {
     #[allow(clippy::too_many_arguments, reason = "each is a fact of the change that only the caller knows")]
@@ -61,8 +64,35 @@ impl Engine {
         let remote = self.remote.clone();
         let run = operation::begin(&*remote, state, request, since);
         let (outcome, redis) = self.beside_redis(run).await;
-        let (operation, failure) = outcome?;
-        self.close(state, operation, failure, redis, since.elapsed())
+        let (mut operation, failure) = outcome?;
+        let took = since.elapsed();
+        self.learn_how_it_ended(&mut operation).await;
+        self.close(state, operation, failure, redis, took)
+    }
+
+    /// Completes the reason for the record: its agent told that the postmaster ended before it was told how. Writes go on by
+    /// now, and nothing can be done with that node before.
+    async fn learn_how_it_ended(&self, operation: &mut Operation) {
+        if operation.reason != decide::not_running(&operation.source) {
+            return;
+        }
+        let watched = &self.remote.watched;
+        let known = async {
+            loop {
+                let view = watched.view();
+                let status = view.node(&operation.source).and_then(|seen| seen.status.as_ref());
+                let awaited = Postmaster::Stopped { exit: None, clean: false, settled: false };
+                if status.is_none_or(|status| status.postmaster != awaited) {
+                    return decide::exit_reason(&view, &operation.source);
+                }
+                watched.changed.notified().await;
+            }
+        };
+        if let Ok(reason) = timeout(LEARN, known).await {
+            operation.reason = reason;
+        }
+        // Whatever came meanwhile is looked at after this.
+        watched.changed.notify_one();
     }
 
     /// Moves Redis as soon as the decision is durable, beside everything that follows it.
@@ -129,10 +159,6 @@ impl Engine {
         if let Some(mut record) = redis {
             record.number = u32::try_from(operation.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
             operation.steps.push(record);
-        }
-        // By now its agent has been told how it ended.
-        if operation.reason == decide::not_running(&operation.source) {
-            operation.reason = decide::exit_reason(&self.remote.watched.view(), &operation.source);
         }
         let decided = operation.is_decided();
         match &failure {
