@@ -121,10 +121,10 @@ impl Local {
             .await
             .map_err(|_| anyhow!("no session within {CONNECT:?}"))?
             .context("open a session")?;
-        let (mut driver, ended) = (JoinSet::new(), self.ended.clone());
+        // Also when the session is dropped: whoever was answered with the server's last words drops it first.
+        let (mut driver, told) = (JoinSet::new(), Told(self.ended.clone()));
         driver.spawn(async move {
-            // Also when the session is dropped: whoever was answered with the server's last words drops it first.
-            let _told = Told(ended);
+            let _told = told;
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "session ended");
             }

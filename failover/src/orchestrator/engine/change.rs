@@ -70,29 +70,33 @@ impl Engine {
         self.close(state, operation, failure, redis, took)
     }
 
-    /// Completes the reason for the record: its agent told that the postmaster ended before it was told how. Writes go on by
-    /// now, and nothing can be done with that node before.
-    async fn learn_how_it_ended(&self, operation: &mut Operation) {
+    /// Completes the reason for the record: its agent told that the postmaster ended before it was told how. Awaited only after a
+    /// decision: writes go on then, and nothing can be done with that node before.
+    pub(super) async fn learn_how_it_ended(&self, operation: &mut Operation) {
         if operation.reason != decide::not_running(&operation.source) {
             return;
         }
         let watched = &self.remote.watched;
-        let known = async {
+        let told = async {
+            let awaited = Postmaster::Stopped { exit: None, clean: false, settled: false };
             loop {
-                let view = watched.view();
-                let status = view.node(&operation.source).and_then(|seen| seen.status.as_ref());
-                let awaited = Postmaster::Stopped { exit: None, clean: false, settled: false };
+                let (view, now) = (watched.view(), watched.now());
+                // An agent that is not heard any more will not tell.
+                let status =
+                    view.node(&operation.source).and_then(|seen| seen.fresh(now, &self.rules.policy));
                 if status.is_none_or(|status| status.postmaster != awaited) {
-                    return decide::exit_reason(&view, &operation.source);
+                    return;
                 }
                 watched.changed.notified().await;
             }
         };
-        if let Ok(reason) = timeout(LEARN, known).await {
-            operation.reason = reason;
+        // Not told in time is an answer too.
+        if operation.is_decided() {
+            drop(timeout(LEARN, told).await);
+            // Whatever came meanwhile is looked at after this.
+            watched.changed.notify_one();
         }
-        // Whatever came meanwhile is looked at after this.
-        watched.changed.notify_one();
+        operation.reason = decide::exit_reason(&watched.view(), &operation.source);
     }
 
     /// Moves Redis as soon as the decision is durable, beside everything that follows it.
