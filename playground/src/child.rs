@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use tokio::process::Command;
 use tokio::runtime::Handle;
@@ -354,7 +354,9 @@ impl Drop for Child {
         let below = procfs::descendants(self.pid());
         kill_all(self.pid, &below, Reach::Tree);
         let deadline = Instant::now() + Duration::from_secs(3);
-        while (self.ended().is_none() || below.iter().any(|pid| procfs::lives(*pid)))
+        while (self.ended().is_none()
+            || killpg(self.pid, None).is_ok()
+            || below.iter().any(|pid| procfs::lives(*pid)))
             && Instant::now() < deadline
         {
             std::thread::sleep(Duration::from_millis(2));
@@ -364,6 +366,12 @@ impl Drop for Child {
 
 /// The parent first: a postmaster that sees a child die would start recovery.
 fn kill_all(parent: Pid, below: &[i32], reach: Reach) {
+    if reach == Reach::Tree {
+        // Its group at one stroke: what a shell of initdb starts in this moment is in no list, and would go on writing.
+        if let Err(error) = killpg(parent, Signal::SIGKILL) {
+            tracing::debug!(%parent, %error, "no group to kill");
+        }
+    }
     send(parent, Signal::SIGKILL);
     if reach == Reach::Tree {
         below.iter().for_each(|pid| send(Pid::from_raw(*pid), Signal::SIGKILL));
