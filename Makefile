@@ -4,7 +4,7 @@ CARGO ?= cargo
 ARGS ?=
 
 .PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
-	drill-outages drill-failover fuzz docs audit down clean
+	drill-outages drill-failover drill-hand simulate fuzz properties docs audit down clean
 
 # In order, also with -j: the steps install, check and build for one another.
 .NOTPARALLEL:
@@ -76,9 +76,22 @@ drill-failover: install
 	$(CARGO) build --release --locked --bins
 	target/release/tier0 drill failover $(ARGS)
 
-# The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
+# Coverage-guided fuzzing of decoders, topics, timestamps, MQTT packets and COPY, each for SECONDS (60). One of them:
+# make fuzz TARGETS=decode SECONDS=600. Needs cargo-fuzz (`cargo install --locked cargo-fuzz`) and a C++ compiler.
 fuzz:
+	.ci/fuzz.sh $(or $(SECONDS),60) $(TARGETS)
+
+# The property tests of decoder, topics, timestamps and encodings, a thousand times longer than in `make test`.
+properties:
 	PROPTEST_CASES=$(or $(CASES),300000) $(CARGO) test --release --locked -p ingest -p wire --lib
+
+# The failover's hostile world: 3,000 seeds are in `make test`. SEEDS=FROM..TO runs others.
+simulate:
+	TIER0_SEEDS=$(or $(SEEDS),0..300000) $(CARGO) test --workspace --locked --lib hands_that -- --nocapture
+
+# The failover's drills by hand on real processes (also in `make test`): promotions, restored state, a second orchestrator.
+drill-hand: install build
+	$(CARGO) test --workspace --locked --test it hand:: -- --nocapture
 
 # The files that are made from the code: config/tier0.toml, docs/configuration.md, docs/metrics.md. A test compares them.
 docs:

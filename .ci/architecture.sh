@@ -45,8 +45,15 @@ not_direct consumers tokio-postgres deadpool-postgres refinery
 not_below consumers simulators playground
 # simulators: publish and remember; never see the database.
 not_below simulators tokio-postgres deadpool-postgres ingest consumers playground
-# failover: regions and servers; knows no telemetry, and production code never the playground.
-not_below failover rumqttc lapin wire ingest consumers simulators playground
+# failover: regions and servers; knows no telemetry (of wire it takes the settings of a Postgres session), and production code
+# never the playground.
+not_below failover rumqttc lapin ingest consumers simulators playground
+
+# A merge that was not finished.
+if git grep -nE '^(<<<<<<<|>>>>>>>) ' -- . >&2; then
+    echo "architecture: conflict markers" >&2
+    bad=1
+fi
 
 [ "$bad" -eq 0 ] && echo "architecture: all invariants hold"
 exit "$bad"

@@ -21,14 +21,17 @@ wanted() {
     echo "/usr/bin/setpriv                     util-linux"
     echo "/usr/bin/cc                          gcc"
     echo "/usr/include/stdlib.h                libc6-dev"
-    # What checks the deployment: .ci/mosquitto.sh, regions.sh, compose.py, licences.py.
+    # What checks the deployment: .ci/mosquitto.sh, regions.sh, compose.py, licences.py; and what tests put in between.
     if [ "$purpose" = test ]; then
         echo "/usr/bin/mosquitto_pub               mosquitto-clients"
+        echo "/usr/sbin/pgbouncer                  pgbouncer"
         echo "/usr/bin/openssl                     openssl"
         echo "/usr/bin/curl                        curl"
         echo "/usr/bin/python3                     python3"
         echo "/usr/lib/python3/dist-packages/yaml  python3-yaml"
         echo "/usr/bin/docker-compose              docker-compose"
+        # Wrong clocks: consumers/tests/it/clock.rs.
+        echo "/usr/lib/*/faketime/libfaketimeMT.so.1 libfaketime"
     fi
     # The baseline that `make bench` is held against.
     if [ "$purpose" = bench ]; then
@@ -45,6 +48,7 @@ service_of() {
         postgresql) echo postgresql.service ;;
         redis-server) echo redis-server.service ;;
         redis-sentinel) echo redis-sentinel.service ;;
+        pgbouncer) echo pgbouncer.service ;;
         prometheus | prometheus-*-exporter) echo "$1.service" ;;
     esac
 }

@@ -1,4 +1,4 @@
-//! RabbitMQ as Tier0 uses it: a connection, and the queues that must be there.
+//! RabbitMQ as Tier0 uses it: a connection, a bound for what it holds, and the queues that must be there.
 //!
 //! One attempt each, with a timeout; whoever calls decides whether and when to try again. lapin's own recovery is not
 //! used: it gives up after some minutes, and acknowledgements must not outlive their connection. No message is read or
@@ -6,14 +6,23 @@
 
 use std::time::Duration;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
-use lapin::types::{AMQPValue, FieldTable, LongString};
+use async_rs::Runtime;
+use lapin::protocol::AMQPSoftError;
+use lapin::types::LongString;
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo};
-use lapin::{Connection, ConnectionProperties, ErrorKind, ExchangeKind};
+use lapin::{Connection, ConnectionProperties};
 use service::secret::Secret;
 use tokio::time::timeout;
 use wire::rabbitmq::RabbitSettings;
+
+mod gate;
+mod legible;
+mod queues;
+mod refusal;
+
+pub use gate::Gate;
+pub use queues::{Declared, Found, declare, exists, find};
+use refusal::{Doing, explain};
 
 /// How to reach the broker, with the password kept from logs.
 pub type Broker = RabbitSettings<Secret>;
@@ -31,7 +40,7 @@ pub enum AmqpError {
 
 impl From<lapin::Error> for AmqpError {
     fn from(error: lapin::Error) -> Self {
-        Self::Retry(error.to_string())
+        explain(&error, Doing::Other)
     }
 }
 
@@ -40,12 +49,48 @@ impl From<lapin::Error> for AmqpError {
 /// # Errors
 /// [`AmqpError::Retry`], within the connect timeout.
 pub async fn connect(broker: &Broker, name: &str) -> Result<Connection, AmqpError> {
+    connect_gated(broker, name, Gate::new(u64::MAX)).await
+}
+
+/// As [`connect`], reading no more than the gate allows. Each connection has a gate of its own.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_gated(broker: &Broker, name: &str, gate: Gate) -> Result<Connection, AmqpError> {
+    let runtime = Runtime::new(gate::kit(gate));
+    let connecting = Connection::connect_uri_with_runtime(uri(broker), properties(name), runtime);
+    let connected = within(broker.connect_timeout, connecting).await;
+    connected.map_err(|failure| failure.explain("connecting", Doing::LoggingIn))
+}
+
+/// One request to the broker, as far as it answers in time.
+///
+/// # Errors
+/// [`AmqpError::Retry`] with the broker's refusal and what it means, or that there was no answer.
+pub async fn in_time<T>(
+    wait: Duration,
+    work: impl Future<Output = Result<T, lapin::Error>>,
+) -> Result<T, AmqpError> {
+    match within(wait, work).await {
+        Ok(outcome) => Ok(outcome),
+        Err(Failure::Lapin(error)) => Err(error.into()),
+        Err(Failure::Late(wait)) => {
+            Err(AmqpError::Retry(format!("the broker did not answer within {wait:?}")))
+        }
+    }
+}
+
+fn properties(name: &str) -> ConnectionProperties {
+    ConnectionProperties::default().with_connection_name(LongString::from(name))
+}
+
+fn uri(broker: &Broker) -> AMQPUri {
     let heartbeat = u16::try_from(broker.heartbeat.as_secs()).unwrap_or(u16::MAX);
     let password = match broker.password.expose() {
         "" => broker.username.clone(),
         password => password.to_owned(),
     };
-    let uri = AMQPUri {
+    AMQPUri {
         scheme: AMQPScheme::AMQP,
         authority: AMQPAuthority {
             userinfo: AMQPUserInfo { username: broker.username.clone(), password },
@@ -54,121 +99,36 @@ pub async fn connect(broker: &Broker, name: &str) -> Result<Connection, AmqpErro
         },
         vhost: broker.vhost.clone(),
         query: AMQPQueryString { heartbeat: Some(heartbeat), ..AMQPQueryString::default() },
-    };
-    let properties = ConnectionProperties::default().with_connection_name(LongString::from(name));
-    within(broker.connect_timeout, "connecting", Connection::connect_uri(uri, properties))
-        .await
-        .map_err(AmqpError::from)
-}
-
-/// Makes sure that there is a queue for messages, and an exchange and a queue for its dead letters. What is there
-/// already, and as it should be, stays.
-///
-/// # Errors
-/// [`AmqpError::Settings`] when the queue is there with other arguments.
-pub async fn declare(connection: &Connection, broker: &Broker) -> Result<(), AmqpError> {
-    if !broker.declare {
-        return if exists(connection, broker).await? {
-            Ok(())
-        } else {
-            let queue = &broker.queue;
-            Err(AmqpError::Retry(format!("there is no queue {queue}, and rabbitmq.declare is false")))
-        };
-    }
-    let wait = broker.connect_timeout;
-    let channel = within(wait, "opening a channel", connection.create_channel()).await?;
-    let (exchange, letters) = (broker.dead_letter_exchange(), broker.dead_letter_queue());
-    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
-    let declared = channel.exchange_declare(
-        exchange.as_str().into(),
-        ExchangeKind::Fanout,
-        durable,
-        FieldTable::default(),
-    );
-    clear(within(wait, "declaring", declared).await, "exchange", &exchange)?;
-    let kind = |table: &mut FieldTable| {
-        let kind = LongString::from(broker.queue_type.as_str());
-        table.insert("x-queue-type".into(), AMQPValue::LongString(kind));
-    };
-    let mut of_letters = FieldTable::default();
-    kind(&mut of_letters);
-    let mut of_messages = FieldTable::default();
-    kind(&mut of_messages);
-    let target = LongString::from(exchange.as_str());
-    of_messages.insert("x-dead-letter-exchange".into(), AMQPValue::LongString(target));
-    for (name, arguments) in [(&letters, of_letters), (&broker.queue, of_messages)] {
-        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-        let declared = channel.queue_declare(name.as_str().into(), durable, arguments);
-        clear(within(wait, "declaring", declared).await, "queue", name)?;
-    }
-    let bound = channel.queue_bind(
-        letters.as_str().into(),
-        exchange.as_str().into(),
-        "".into(),
-        QueueBindOptions::default(),
-        FieldTable::default(),
-    );
-    Ok(within(wait, "binding", bound).await?)
-}
-
-/// Whether the queue is there, whatever its arguments.
-///
-/// # Errors
-/// [`AmqpError::Retry`] when the broker does not say.
-pub async fn exists(connection: &Connection, broker: &Broker) -> Result<bool, AmqpError> {
-    let wait = broker.connect_timeout;
-    let channel = within(wait, "opening a channel", connection.create_channel()).await?;
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare(broker.queue.as_str().into(), passive, FieldTable::default());
-    match timeout(wait, declared).await {
-        Ok(Ok(_)) => Ok(true),
-        Ok(Err(error)) if is(&error, &AMQPSoftError::NOTFOUND) => Ok(false),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => Err(AmqpError::Retry(format!("the broker did not answer within {wait:?}"))),
     }
 }
 
 /// As far as the broker answers in time.
 async fn within<T>(
     wait: Duration,
-    what: &str,
     work: impl Future<Output = Result<T, lapin::Error>>,
 ) -> Result<T, Failure> {
     match timeout(wait, work).await {
         Ok(outcome) => outcome.map_err(Failure::Lapin),
-        Err(_) => Err(Failure::Late(format!("{what}: the broker did not answer within {wait:?}"))),
+        Err(_) => Err(Failure::Late(wait)),
     }
 }
 
 #[derive(Debug)]
 enum Failure {
     Lapin(lapin::Error),
-    Late(String),
+    Late(Duration),
 }
 
-impl From<Failure> for AmqpError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Lapin(error) => error.into(),
-            Failure::Late(text) => Self::Retry(text),
-        }
+impl Failure {
+    fn is(&self, kind: &AMQPSoftError) -> bool {
+        matches!(self, Self::Lapin(error) if queues::is(error, kind))
     }
-}
 
-/// Says which setting does not fit what is there.
-fn clear<T>(declared: Result<T, Failure>, what: &str, name: &str) -> Result<(), AmqpError> {
-    match declared {
-        Ok(_) => Ok(()),
-        Err(Failure::Lapin(error)) if is(&error, &AMQPSoftError::PRECONDITIONFAILED) => {
-            Err(AmqpError::Settings(format!(
-                "{what} {name} is there with other arguments: set rabbitmq.queue_type to what it is, or \
-                 rabbitmq.declare=false to use it as it is, or rabbitmq.queue to another name, or delete it ({error})"
-            )))
-        }
-        Err(failure) => Err(failure.into()),
+    /// `what` it was about comes first.
+    fn explain(&self, what: &str, doing: Doing) -> AmqpError {
+        AmqpError::Retry(match self {
+            Self::Lapin(error) => format!("{what}: {}", explain(error, doing)),
+            Self::Late(wait) => format!("{what}: the broker did not answer within {wait:?}"),
+        })
     }
-}
-
-fn is(error: &lapin::Error, kind: &AMQPSoftError) -> bool {
-    matches!(error.kind(), ErrorKind::ProtocolError(error) if *error.kind() == AMQPErrorKind::Soft(kind.clone()))
 }

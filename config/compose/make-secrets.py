@@ -84,15 +84,18 @@ def rabbitmq_definitions(words):
     """Users and what each may do; queues are declared by the consumer. With definitions RabbitMQ makes no guest."""
     queue = r"(user_activity_queue|webapp_active_users)(\.dead-letter)?"
     users = [("admin", "administrator", words["rabbitmq_admin_password"], ".*", ".*", ".*"),
-             ("consumer", "", words["rabbitmq_consumer_password"], f"^{queue}$", f"^{queue}$", f"^{queue}$")]
+             # amq.default: it puts back what the broker itself moved to the dead-letter queue.
+             ("consumer", "", words["rabbitmq_consumer_password"], f"^{queue}$", rf"^({queue}|amq\.default)$", f"^{queue}$")]
     if "rabbitmq_simulator_password" in words:
         users.append(("simulator", "", words["rabbitmq_simulator_password"], f"^{queue}$", rf"^({queue}|amq\.default)$",
                       f"^{queue}$"))
     return {
         "vhosts": [{"name": "/"}],
-        # RabbitMQ 4 dead-letters what was delivered 20 times; an outage of the database must not turn good events into that.
-        "policies": [{"vhost": "/", "name": "tier0-no-delivery-limit", "apply-to": "queues", "priority": 0,
-                      "pattern": "^(user_activity_queue|webapp_active_users)$", "definition": {"delivery-limit": -1}}],
+        # RabbitMQ 4 moves away what was delivered 20 times; an outage of the database must not turn good events into that. The exchange: a
+        # queue that a plain publisher declared has none, and what the broker removes from it would be lost.
+        "policies": [{"vhost": "/", "name": f"tier0-keep-{name}", "apply-to": "queues", "priority": 0, "pattern": f"^{name}$",
+                      "definition": {"delivery-limit": -1, "dead-letter-exchange": f"{name}.dead-letter"}}
+                     for name in ("user_activity_queue", "webapp_active_users")],
         "users": [{"name": name, "password_hash": rabbitmq_hash(password), "tags": tags,
                    "hashing_algorithm": "rabbit_password_hashing_sha256"} for name, tags, password, *_ in users],
         "permissions": [{"user": name, "vhost": "/", "configure": configure, "write": write_, "read": read}

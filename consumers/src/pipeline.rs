@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use ingest::audit::Audit;
 use ingest::batch::Batch;
+use ingest::clock::{Clock, Watch};
 use ingest::database::Database;
+use ingest::letter_log::LetterLog;
 use ingest::maintenance::Maintenance;
-use ingest::metrics::Metrics;
+use ingest::metrics::{AuditMetrics, Metrics};
 use ingest::queue::Sender;
 use ingest::settings::{DatabaseSettings, IngestSettings};
 use ingest::settlement::Settlements;
@@ -38,6 +41,7 @@ pub struct Intake {
     pub queue: Sender,
     pub settlements: Arc<Settlements>,
     pub metrics: Metrics,
+    pub database: Database,
     /// Cancelled when there is a table to write to. Until then the broker keeps the messages.
     pub prepared: CancellationToken,
 }
@@ -55,16 +59,19 @@ impl Pipeline<'_> {
     ) -> anyhow::Result<Intake> {
         let ingest = self.ingest;
         let metrics = Metrics::new(registry)?;
-        // One connection for each writer and one for the upkeep of the tables.
-        let database = Database::new(self.database, ingest.writers + 1, health.dependency("postgres"))?;
+        // One connection for each writer, one for the upkeep of the tables, one for a look at them, one for the audit, one for the
+        // question what time it is.
+        let database = Database::new(self.database, ingest.writers + 4, health.dependency("postgres"))?;
+        let clock = Clock::new(ingest);
         let bytes = usize::try_from(ingest.queue_bytes.as_u64())?;
-        let (sender, receiver) = queue::bounded::<B::Memory>(ingest.queue_messages, bytes);
+        let (sender, receiver) = queue::bounded(ingest.queue_messages, bytes, B::memory(ingest));
         let settlements = Arc::new(Settlements::new(ingest.writers));
         connections::export(registry, database.clone())?;
         backlog::export(registry, sender.level(), settlements.clone())?;
         let maintenance = Maintenance {
             database: database.clone(),
             settings: ingest.clone(),
+            clock: clock.clone(),
             metrics: metrics.clone(),
             migrate: self.migrate,
             partitions: self.partitions,
@@ -75,6 +82,27 @@ impl Pipeline<'_> {
             upkeep.await;
             Ok(())
         });
+        let audit = Audit::new(AuditMetrics::new(registry)?);
+        // Sessions are never dropped.
+        let retention = self.partitions.then_some(ingest.retention);
+        let look_again =
+            audit.clone().run::<B>(database.clone(), clock.clone(), retention, process.shutdown());
+        process.start("audit", async move {
+            look_again.await;
+            Ok(())
+        });
+        let letter_log = LetterLog::default();
+        let watch = Watch {
+            clock: clock.clone(),
+            database: database.clone(),
+            metrics: metrics.clone(),
+            health: health.dependency("clock"),
+        };
+        let watch = watch.run(process.shutdown());
+        process.start("clock", async move {
+            watch.await;
+            Ok(())
+        });
         for number in 0..ingest.writers {
             let writer = Writer::<B> {
                 source: self.source,
@@ -82,8 +110,11 @@ impl Pipeline<'_> {
                 queue: receiver.clone(),
                 settlements: settlements.clone(),
                 database: database.clone(),
+                clock: clock.clone(),
                 metrics: metrics.clone(),
                 tracer: self.tracer.clone(),
+                letter_log: letter_log.clone(),
+                audit: audit.clone(),
             };
             let shutdown = process.shutdown();
             process.start(format!("writer-{number}"), async move {
@@ -93,6 +124,6 @@ impl Pipeline<'_> {
                 Ok(())
             });
         }
-        Ok(Intake { queue: sender, settlements, metrics, prepared })
+        Ok(Intake { queue: sender, settlements, metrics, database, prepared })
     }
 }

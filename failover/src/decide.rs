@@ -6,9 +6,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::protocol::{Node, Postmaster, Rejoin, Upstream};
+use crate::protocol::{Node, Postmaster, Rejoin, Sample, Upstream};
 use crate::state::{Copies, Mode, State};
-use crate::view::{Condition, Policy, Seen, View};
+use crate::view::{Condition, Doubt, Policy, Seen, View};
 
 /// The next thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +48,24 @@ pub enum Action {
     Wake {
         node: Node,
     },
+    /// Stop counting a standby as in sync, durably: what made it one is not so.
+    Distrust {
+        node: Node,
+    },
+    /// Lead on a timeline above that of `stray`, which somebody has promoted and which has acknowledged nothing.
+    Outrank {
+        stray: Node,
+        above: u32,
+    },
+    /// The primary leads on a higher timeline than is written down, after an order whose answer was lost.
+    Note {
+        above: u32,
+    },
+    /// Rewrite a node's data only when a person says so, durably.
+    Keep {
+        node: Node,
+        reason: String,
+    },
     /// Bring a standby back.
     Rejoin {
         node: Node,
@@ -64,18 +82,41 @@ pub struct Rules {
     pub addresses: BTreeMap<Node, Upstream>,
 }
 
-impl Rules {
-    /// Whether a promoted standby will have to wait for somebody from its first commit on.
+impl Action {
+    /// One word for logs and metrics.
     #[must_use]
-    pub fn guards(&self) -> bool {
-        self.copies == Copies::TwoCopies || self.addresses.len() > 2
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Resume => "resume",
+            Self::FailOver { .. } => "fail_over",
+            Self::Lead { .. } => "lead",
+            Self::HaltStray { .. } => "halt_stray",
+            Self::WaitFor => "wait_for",
+            Self::Shrink { .. } => "shrink",
+            Self::Widen { .. } => "widen",
+            Self::Confirm { .. } => "confirm",
+            Self::Wake { .. } => "wake",
+            Self::Distrust { .. } => "distrust",
+            Self::Outrank { .. } => "outrank",
+            Self::Note { .. } => "note",
+            Self::Keep { .. } => "keep",
+            Self::Rejoin { .. } => "rejoin",
+        }
     }
 }
+
+/// Fences that may fail before a stopped primary is started where it is.
+const FENCES: u32 = 2;
 
 /// The most urgent thing to do. Nodes with an order under way are left alone.
 #[must_use]
 pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
     let policy = &rules.policy;
+    let doubts = view.doubts(state, now, policy);
+    if !doubts.is_empty() {
+        return overtaken(state, view, rules, now, &doubts);
+    }
     if state.operation.is_some() {
         return Action::Resume;
     }
@@ -89,7 +130,20 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
     let primary = &state.primary;
     let condition = view.condition(primary, now, policy);
     let reason = match &condition {
-        Condition::Alive => return upkeep(state, view, rules, now),
+        Condition::Alive => match view.stalled(primary, &state.wait_for, now, policy) {
+            Some(stalled) if stalled >= policy.stall_after && state.mode == Mode::Auto => {
+                let seconds = stalled.as_secs();
+                let reason = format!(
+                    "{primary} has committed nothing for {seconds} s, and its standbys have all that it has written"
+                );
+                let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
+                return match candidates.first() {
+                    Some(target) => Action::FailOver { target: (*target).clone(), reason },
+                    None => upkeep(state, view, rules, now),
+                };
+            }
+            _ => return upkeep(state, view, rules, now),
+        },
         _ if state.mode == Mode::Paused => return Action::Nothing,
         Condition::Uncertain(_) => return revive(state, view, rules, now, false),
         Condition::Standby if idle(primary) => {
@@ -102,14 +156,20 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
         Condition::Gone => exit_reason(view, primary),
         Condition::Lost => format!("{primary} is not reachable and no standby streams from it"),
     };
+    let startable = condition == Condition::Gone && !has_no_data(view, primary);
     match view.candidates(&state.sync_set, &state.system_id, now, policy).first() {
+        // Whoever would follow cannot be detached; what is stopped and whole can be started.
+        Some(_) if view.failed_fences >= FENCES && startable && idle(primary) => Action::Lead {
+            node: primary.clone(),
+            reason: format!("{reason}; no standby can be detached from it"),
+        },
         Some(target) => Action::FailOver { target: (*target).clone(), reason },
         // We have only just started: a standby in sync that will be heard in a moment is quicker than crash recovery.
         None if now < policy.agent_silence && state.sync_set.iter().any(|node| view.is_unheard(node)) => {
             Action::Nothing
         }
         // Nobody else has everything. If its machine is there, its own data is what is safe.
-        None if condition == Condition::Gone && !has_no_data(view, primary) && idle(primary) => {
+        None if startable && idle(primary) => {
             Action::Lead { node: primary.clone(), reason: format!("{reason}; no standby is in sync") }
         }
         None => {
@@ -119,6 +179,37 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
             revive(state, view, rules, now, forsaken)
         }
     }
+}
+
+/// What may be done although what is written down may be older than the facts: nothing, unless all that speaks for it is a node
+/// that somebody has promoted beside a primary that lives, and that has acknowledged nothing. Writers go by the timeline and
+/// would not come back: the primary leads again above it.
+fn overtaken(state: &State, view: &View, rules: &Rules, now: Duration, doubts: &[Doubt]) -> Action {
+    let primary = &state.primary;
+    let alive = view.condition(primary, now, &rules.policy) == Condition::Alive;
+    let idle = view.node(primary).is_some_and(|seen| !seen.busy && now >= seen.not_before);
+    if !alive || !idle || state.mode == Mode::Paused || state.operation.is_some() {
+        return Action::Nothing;
+    }
+    let [Doubt::Timeline { node: stray, timeline, harmless: true, .. }] = doubts else {
+        return Action::Nothing;
+    };
+    let sample = view.node(primary).and_then(|seen| seen.sample(now, &rules.policy));
+    match sample.and_then(|sample| distrusted(state, sample)) {
+        Some(node) => Action::Distrust { node: node.clone() },
+        None => Action::Outrank { stray: stray.clone(), above: *timeline },
+    }
+}
+
+/// A member of the sync set that commits do not wait for, or not for it alone, whatever was ordered.
+fn distrusted<'a>(state: &'a State, sample: &Sample) -> Option<&'a Node> {
+    state.sync_set.iter().find(|node| !sample.wait_for.contains(*node) || !is_alone(sample, node))
+}
+
+/// Nobody else streams under its name: who of two has acknowledged a commit, nobody would know.
+fn is_alone(sample: &Sample, node: &Node) -> bool {
+    let mut bearing = sample.standbys.iter().filter(|standby| standby.node == *node && standby.streaming);
+    bearing.next().is_none_or(|standby| standby.is_genuine() && bearing.next().is_none())
 }
 
 /// Its agent has looked and found nothing to start.
@@ -139,7 +230,10 @@ fn revive(state: &State, view: &View, rules: &Rules, now: Duration, forsaken: bo
         if *node == state.primary || !settled || seen.busy || now < seen.not_before {
             continue;
         }
-        if control.standby && !status.estranged {
+        if status.foreign.is_some() {
+            continue;
+        }
+        if control.standby && !status.estranged && !state.kept.contains_key(node) {
             return Action::Rejoin { node: node.clone(), how: Rejoin::Follow };
         }
         if forsaken {
@@ -172,21 +266,32 @@ fn upkeep(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
         return rejoin(state, view, rules, now);
     };
     let Some(sample) = seen.sample(now, policy) else { return Action::Nothing };
+    if let Some(node) = distrusted(state, sample) {
+        return Action::Distrust { node: node.clone() };
+    }
+    if sample.timeline > state.above + 1 {
+        return Action::Note { above: sample.timeline - 1 };
+    }
     if sample.wait_for != state.wait_for {
         return Action::WaitFor;
     }
     for node in &state.wait_for {
-        let absent = view.node(node).is_none_or(|seen| {
-            seen.absent_since.is_some_and(|since| now.saturating_sub(since) >= policy.degrade_after)
-        });
+        let absent = view
+            .node(node)
+            .is_none_or(|seen| seen.absent_since.is_some() && seen.absent_for >= policy.degrade_after);
         // With two copies wanted, the last one is waited for, however long.
         if absent && (rules.copies == Copies::Available || state.wait_for.len() > 1) {
             return Action::Shrink { node: node.clone() };
         }
     }
-    for standby in sample.standbys.iter().filter(|standby| standby.streaming) {
+    let Some(upstream) = rules.addresses.get(primary) else { return Action::Nothing };
+    for standby in sample.standbys.iter().filter(|standby| standby.is_genuine()) {
         let node = &standby.node;
-        if !view.nodes.contains_key(node) || node == primary {
+        // It is in sync by its own word too.
+        let agrees = view.node(node).is_some_and(|seen| {
+            seen.is_heard(now, policy) && seen.streams_from(upstream) && !seen.is_unsteady(now)
+        });
+        if !agrees || node == primary || !is_alone(sample, node) {
             continue;
         }
         if !state.wait_for.contains(node) && sample.lsn.since(standby.flushed) <= policy.max_lag_bytes {
@@ -212,6 +317,31 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
         if *node == state.primary || seen.busy || now < seen.not_before {
             continue;
         }
+        let kept = state.kept.contains_key(node);
+        let Some(status) = seen.fresh(now, &rules.policy).filter(|status| status.foreign.is_none()) else {
+            continue;
+        };
+        let led = status.estranged || status.control.as_ref().is_some_and(|control| !control.standby);
+        if led && leader > 0 && !kept && !state.discarded.contains(node) {
+            let primary = &state.primary;
+            // Two histories under one number: somebody has promoted this one, and what it has nobody else may have.
+            let reason = (status.timeline() == leader).then(|| {
+                format!(
+                    "it was promoted by somebody, to timeline {leader}, which is {primary}'s number too: it may have readings that no other node has"
+                )
+            });
+            let touched = status.touched.then(|| {
+                format!(
+                    "somebody has started it as a primary beside its agent while {primary} led: it may have readings that no other node has"
+                )
+            });
+            if let Some(reason) = reason.or(touched) {
+                return Action::Keep { node: node.clone(), reason };
+            }
+        }
+        if kept && !status.empty {
+            continue;
+        }
         if let Some(how) = way_back(seen, upstream, leader, now, &rules.policy) {
             return Action::Rejoin { node: node.clone(), how };
         }
@@ -228,7 +358,7 @@ fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy
     let first = match &status.postmaster {
         Postmaster::Stopping | Postmaster::Rebuilding { .. } => return None,
         // It takes its time; but one whose order has failed would start for ever (the WAL that it needs is gone).
-        Postmaster::Starting if seen.failed.is_none() => return None,
+        Postmaster::Starting if seen.tries == 0 => return None,
         Postmaster::Starting | Postmaster::Running if status.estranged => parted,
         Postmaster::Starting => Rejoin::Follow,
         Postmaster::Running => {
@@ -237,7 +367,8 @@ fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy
             if seen.streams_from(upstream) {
                 return None;
             }
-            if status.upstream.as_ref() == Some(upstream) && !waited {
+            // What the last order failed for is cured by something else than waiting.
+            if status.upstream.as_ref() == Some(upstream) && !waited && seen.cure.is_none() {
                 return None;
             }
             Rejoin::Follow
@@ -251,7 +382,7 @@ fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy
             Some(_) => parted,
         },
     };
-    Some(seen.failed.map_or(first, |failed| first.max(failed.next())))
+    Some(seen.cure.map_or(first, |cure| first.max(cure)))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::time::Duration;
 
-use crate::protocol::{Node, NodeStatus, Order};
+use crate::protocol::{Code, Node, NodeStatus, Order};
 use crate::state::State;
 
 /// Why an order was not carried out.
@@ -17,7 +17,7 @@ pub enum OrderError {
     Silent { node: Node, reason: String },
     /// The agent answered that it did not.
     #[error("{node}: {message}")]
-    Refused { node: Node, code: String, message: String },
+    Refused { node: Node, code: Code, message: String },
 }
 
 /// Orders to nodes, and the one place where state survives.

@@ -246,8 +246,8 @@ mod tests {
             addresses: Default::default(),
             timeline: 1,
             marker: 0,
+            acknowledged: Default::default(),
             bytes_at_risk: Some(0),
-            guard: false,
             two_copies: false,
         };
         Operation::new(request, &state)

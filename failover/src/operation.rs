@@ -31,6 +31,10 @@ pub enum Kind {
     Unplanned,
     /// The operator accepts the loss of what the target does not have.
     Forced,
+    /// A person has taken the world as it is for the truth.
+    Adopted,
+    /// A person has given up what only one node may have.
+    Discarded,
 }
 
 /// The steps, in the order of [`plan`].
@@ -51,6 +55,15 @@ pub enum Step {
     /// A row that carries the epoch is committed.
     Mark,
     Validate,
+}
+
+/// How a step ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StepStatus {
+    Done,
+    Failed,
+    RolledBack,
 }
 
 impl Step {
@@ -93,22 +106,21 @@ pub struct StepRecord {
     #[schema(value_type = Option<String>)]
     pub started_at: Option<Timestamp>,
     pub duration_ms: f64,
-    /// `done`, `failed` or `rolled_back`.
-    pub status: String,
+    pub status: StepStatus,
     pub detail: String,
 }
 
 impl StepRecord {
     /// Of a step that has just ended.
     #[must_use]
-    pub fn new(number: u32, action: &str, started: Instant, status: &str, detail: String) -> Self {
+    pub fn new(number: u32, action: &str, started: Instant, status: StepStatus, detail: String) -> Self {
         let took = started.elapsed();
         Self {
             number,
             action: action.into(),
             started_at: Timestamp::now().checked_sub(took).ok(),
             duration_ms: took.as_secs_f64() * 1000.0,
-            status: status.into(),
+            status,
             detail,
         }
     }
@@ -131,10 +143,10 @@ pub struct Request {
     /// Timeline and last acknowledged marker of the source, as last seen.
     pub timeline: u32,
     pub marker: u64,
+    /// The source's word, on its timeline, of how far its standbys had acknowledged; 0/0 when it is not known.
+    pub acknowledged: Lsn,
     /// None: not known.
     pub bytes_at_risk: Option<u64>,
-    /// See [`Order::Stand`].
-    pub guard: bool,
     /// Commits wait for a second copy, even when nobody is there to hold it.
     pub two_copies: bool,
 }
@@ -157,6 +169,9 @@ pub struct Operation {
     pub sync_set_before: BTreeSet<Node>,
     pub wait_for_after: BTreeSet<Node>,
     pub standbys: BTreeSet<Node>,
+    /// Standbys that the fence has seen to have no more than the target.
+    #[serde(default)]
+    pub behind: BTreeSet<Node>,
     pub addresses: BTreeMap<Node, Upstream>,
     pub timeline_before: u32,
     pub timeline_after: u32,
@@ -164,7 +179,8 @@ pub struct Operation {
     pub target_lsn: Option<Lsn>,
     /// Of WAL that the target may lack. None: not known.
     pub bytes_at_risk: Option<u64>,
-    pub guard: bool,
+    #[serde(default)]
+    pub acknowledged: Lsn,
     #[serde(default)]
     pub two_copies: bool,
     /// Somebody was to be waited for when it began: the order of the steps goes by it.
@@ -200,16 +216,17 @@ impl Operation {
             steps: Vec::new(),
             sync_set_before: state.sync_set.clone(),
             waits: !request.wait_for.is_empty(),
+            acknowledged: request.acknowledged,
             two_copies: request.two_copies,
             wait_for_after: request.wait_for,
             standbys: request.standbys,
+            behind: BTreeSet::new(),
             addresses: request.addresses,
             timeline_before: request.timeline,
             timeline_after: 0,
             source_lsn: None,
             target_lsn: None,
             bytes_at_risk: request.bytes_at_risk,
-            guard: request.guard,
             marker_before: request.marker,
             marker_after: 0,
             write_gap_ms: None,
@@ -222,7 +239,7 @@ impl Operation {
         self.completed >= Step::Decide
     }
 
-    fn record(&mut self, action: &str, started: Instant, status: &str, detail: String) {
+    fn record(&mut self, action: &str, started: Instant, status: StepStatus, detail: String) {
         let number = u32::try_from(self.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
         self.steps.push(StepRecord::new(number, action, started, status, detail));
     }
@@ -240,7 +257,7 @@ pub async fn begin<H: Hands>(
 ) -> anyhow::Result<(Operation, Option<Failure>)> {
     let started = Instant::now();
     let mut operation = Operation::new(request, state);
-    operation.record(Step::Journal.name(), started, "done", format!("epoch {}", operation.epoch));
+    operation.record(Step::Journal.name(), started, StepStatus::Done, format!("epoch {}", operation.epoch));
     state.epoch = operation.epoch;
     state.operation = Some(operation.clone());
     hands.save(state)?;
@@ -287,11 +304,23 @@ async fn carry_on<H: Hands>(
                 if step == Step::Mark {
                     operation.write_gap_ms = Some(since.elapsed().as_secs_f64() * 1000.0);
                 }
-                operation.record(step.name(), started, "done", detail);
+                operation.record(step.name(), started, StepStatus::Done, detail);
                 operation.completed = step;
                 if step == Step::Decide {
                     let above = operation.timeline_before;
                     state.hand_over(&operation.target, operation.wait_for_after.clone(), above);
+                    if operation.kind == Kind::Forced && operation.bytes_at_risk != Some(0) {
+                        // Everybody else may have more, but for who was seen to have less.
+                        let others =
+                            operation.addresses.keys().filter(|node| !operation.behind.contains(*node));
+                        for node in others.filter(|node| **node != operation.target) {
+                            let reason = format!(
+                                "{} was made primary by force ({}): {node} may have acknowledged readings that no other node has",
+                                operation.target, operation.id
+                            );
+                            state.keep(node, reason);
+                        }
+                    }
                 }
                 if step == Step::Promote {
                     // A promotion that was cut short may have used numbers in between.
@@ -305,7 +334,16 @@ async fn carry_on<H: Hands>(
                 hands.passed(step.name());
             }
             Err(error) => {
-                operation.record(step.name(), started, "failed", error.clone());
+                if step == Step::Validate && operation.marker_after < operation.marker_before {
+                    let reason = format!(
+                        "{} has marker {}, and {} had acknowledged {}: what is missing may be in its data",
+                        operation.target, operation.marker_after, operation.source, operation.marker_before
+                    );
+                    state.keep(&operation.source, reason);
+                    state.operation = Some(operation.clone());
+                    hands.save(state)?;
+                }
+                operation.record(step.name(), started, StepStatus::Failed, error.clone());
                 let rolled_back = if operation.is_decided() {
                     format!(
                         "nothing: {} stays the primary of record and is brought into office",

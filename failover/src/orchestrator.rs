@@ -3,6 +3,7 @@
 //! One task, [`engine`], owns the durable state; everybody else sees copies. Watchers only note what they see. Nothing
 //! here is in the writers' way: they find the primary by themselves, and go on when this process is gone.
 
+pub mod adopt;
 pub mod api;
 pub mod checks;
 pub mod crash;

@@ -16,9 +16,6 @@ use crate::lsn::Lsn;
 /// Name of a node, which is the name of its region, its replication slot and its `application_name`.
 pub type Node = String;
 
-/// Code of a refusal: Postgres runs and does not take the configuration that was written for it.
-pub const UNREAD: &str = "unread";
-
 /// Where a standby streams from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -49,13 +46,78 @@ pub enum Rejoin {
     Clone,
 }
 
-impl Rejoin {
-    /// What to try when this did not help.
+/// Why an agent does not carry an order out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    /// The agent has obeyed a higher epoch.
+    OldEpoch,
+    /// The agent obeys another orchestrator.
+    OtherOrchestrator,
+    /// A newer order came.
+    Superseded,
+    /// The agent ends.
+    Ending,
+    Timeout,
+    /// A tool rewrites the data, or another order has its turn.
+    Busy,
+    /// A postmaster that the agent has not started runs on the data.
+    Foreign,
+    /// The data is not what it was when the agent last looked: somebody has had it in use.
+    Changed,
+    NoData,
+    /// A tool was interrupted while it rewrote the data.
+    HalfBuilt,
+    /// Postgres ended.
+    Ended,
+    /// It is writable, and the order is for a standby.
+    Leads,
+    /// Its data was a primary's.
+    Estranged,
+    /// The upstream is a standby itself.
+    NoUpstream,
+    NotPrimary,
+    /// Commits do not wait for the standby.
+    NotWaitedFor,
+    /// The standby is not attached as synchronous.
+    NotSync,
+    NotStreaming,
+    /// Postgres runs and does not take the configuration that was written for it.
+    Unread,
+    /// The upstream no longer has WAL that is needed.
+    WalGone,
+    /// Its history is not the upstream's.
+    Diverged,
+    /// Postgres cannot read its own data.
+    Damaged,
+    /// `pg_rewind` cannot help.
+    Unrewindable,
+    /// The disk is full, or too small for a copy.
+    Space,
+    /// A login is refused, or a right is missing.
+    Access,
+    /// No connection or WAL sender is free.
+    Connections,
+    Failed,
+    /// Of another version.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Code {
+    /// The way of rejoining that cures what made `how` fail; none for what no rewriting of the data cures.
     #[must_use]
-    pub fn next(self) -> Self {
+    pub fn cure(self, how: Rejoin) -> Option<Rejoin> {
         match self {
-            Self::Follow => Self::Rewind,
-            Self::Rewind | Self::Clone => Self::Clone,
+            Self::Diverged if how == Rejoin::Follow => Some(Rejoin::Rewind),
+            Self::Estranged => Some(Rejoin::Rewind),
+            Self::WalGone
+            | Self::Diverged
+            | Self::NoData
+            | Self::HalfBuilt
+            | Self::Damaged
+            | Self::Unrewindable => Some(Rejoin::Clone),
+            _ => None,
         }
     }
 }
@@ -66,18 +128,20 @@ impl Rejoin {
 pub enum Order {
     /// Run as primary: start when stopped, promote when in recovery. `wait_for` are the standbys each commit waits
     /// for, in force before the first commit; `slots` are the standbys that will stream.
-    /// Timelines up to `above` are another node's: a promotion leads to a higher one.
+    /// Timelines up to `above` are another node's: a promotion leads to a higher one, and one that leads on such a timeline
+    /// is stopped and promoted again, since writers go by the timeline.
     Lead {
         wait_for: BTreeSet<Node>,
         slots: BTreeSet<Node>,
         #[serde(default)]
         above: u32,
     },
-    /// Run as a standby of `upstream`. `guard`: should it ever lead, its commits wait until it is told for whom.
-    Stand { upstream: Upstream, how: Rejoin, guard: bool },
+    /// Run as a standby of `upstream`. Should it ever lead, its commits wait until it is told for whom.
+    /// Unused `slots` on it, which are those of the cluster's nodes, are dropped: they would keep WAL for nobody.
+    Stand { upstream: Upstream, how: Rejoin, slots: BTreeSet<Node> },
     /// Start a stopped node as a standby of nobody, so that what it has can be seen. Data that was a primary's is never
     /// made to follow anybody afterwards without a rewind or a clone.
-    Wake { guard: bool },
+    Wake,
     /// Stop receiving WAL, and do not start again by itself. Answers with the last position received.
     Detach,
     /// Stop the postmaster and everything below it.
@@ -104,7 +168,7 @@ impl Order {
         match self {
             Self::Lead { .. } => "lead",
             Self::Stand { .. } => "stand",
-            Self::Wake { .. } => "wake",
+            Self::Wake => "wake",
             Self::Detach => "detach",
             Self::Halt { .. } => "halt",
             Self::WaitFor { .. } => "wait_for",
@@ -119,6 +183,12 @@ impl Order {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Command {
+    /// Id of the orchestrator that gives it. An agent obeys the first that it hears, and no other
+    #[serde(default)]
+    pub orchestrator: String,
+    /// unless a person has said that the one that it obeys is displaced: the ids of these.
+    #[serde(default)]
+    pub displaces: BTreeSet<String>,
     pub epoch: u64,
     /// The agent gives up after this many milliseconds and says so.
     pub limit_ms: u64,
@@ -183,6 +253,10 @@ pub struct Attached {
     pub streaming: bool,
     /// Commits wait for it.
     pub sync: bool,
+    /// The slot that it streams through. Ours bear the name of their node; whoever streams under a node's name without its
+    /// slot is not that node.
+    #[serde(default)]
+    pub slot: Option<String>,
     pub flushed: Lsn,
     pub replayed: Lsn,
 }
@@ -216,12 +290,76 @@ pub struct NodeStatus {
     pub control: Option<Control>,
     /// Number of the last marker row acknowledged by this node as primary (one is written several times a second).
     pub marker: u64,
+    /// Grows with each commit of the agent's own that was acknowledged, also while somebody holds a lock on the marker.
+    #[serde(default)]
+    pub beat: u64,
+    /// The next of these is under way.
+    #[serde(default)]
+    pub pending: bool,
+    /// There is nothing at all in its data directory.
+    #[serde(default)]
+    pub empty: bool,
+    /// Whoever this primary counted as synchronous has at least this much: the last marker was acknowledged.
+    #[serde(default)]
+    pub acknowledged: Lsn,
+    /// Id of the orchestrator that it obeys; empty before the first order.
+    #[serde(default)]
+    pub orchestrator: String,
+    /// A postmaster that the agent has not started runs on its data.
+    #[serde(default)]
+    pub foreign: Option<i32>,
+    /// Such a one has run on it, or somebody made its commits wait for fewer than was ordered, since it was last rewritten or
+    /// a standby was confirmed: what it wrote, nobody else may have.
+    #[serde(default)]
+    pub touched: bool,
+    /// Why its Postgres cannot be asked, while it cannot.
+    #[serde(default)]
+    pub trouble: Option<String>,
+    /// It is writable, was seen as a standby before, and its commits have waited for nobody's name ever since: it has
+    /// acknowledged nothing.
+    #[serde(default)]
+    pub guarded: bool,
     /// Its data was a primary's and was started as a standby as it was: it may have commits that no other node has.
     #[serde(default)]
     pub estranged: bool,
 }
 
+impl Attached {
+    /// It is the node whose name it bears, and streams.
+    #[must_use]
+    pub fn is_genuine(&self) -> bool {
+        self.streaming && self.slot.as_deref() == Some(&self.node)
+    }
+}
+
 impl NodeStatus {
+    /// Of a node that has not been looked at.
+    #[must_use]
+    pub fn unseen(node: &str) -> Self {
+        Self {
+            node: node.to_owned(),
+            boot: 1,
+            seq: 1,
+            epoch: 0,
+            system_id: String::new(),
+            postmaster: Postmaster::Stopped { exit: None, clean: false, settled: false },
+            upstream: None,
+            sample: None,
+            control: None,
+            marker: 0,
+            beat: 0,
+            pending: false,
+            empty: false,
+            acknowledged: Lsn::default(),
+            orchestrator: String::new(),
+            foreign: None,
+            touched: false,
+            trouble: None,
+            guarded: false,
+            estranged: false,
+        }
+    }
+
     /// The highest timeline that is known of it; 0 when none is.
     #[must_use]
     pub fn timeline(&self) -> u32 {
@@ -276,6 +414,15 @@ impl Problem {
                 details: serde_json::Value::Null,
             },
         }
+    }
+}
+
+/// The word that stands for a value of one word in JSON, for texts and metrics.
+#[must_use]
+pub fn word(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        other => format!("{other:?}"),
     }
 }
 

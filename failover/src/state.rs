@@ -5,7 +5,7 @@
 //! `wait_for`, a node leaves `sync_set` durably before the primary is told so, and enters it only after the
 //! primary's confirmation. So one detached member of `sync_set` is enough to fence the primary.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use schemars::JsonSchema;
@@ -48,11 +48,48 @@ pub struct Answered {
     pub operation: String,
 }
 
+/// A node whose data may be all that is left of something: nothing rewrites it until a person says so.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Kept {
+    #[schema(value_type = String)]
+    pub since: Timestamp,
+    /// What it may hold, and how that is known.
+    pub reason: String,
+}
+
+/// The world as it is, taken for the new truth by a person's word.
+#[derive(Debug, Clone)]
+pub struct Adoption {
+    pub primary: Node,
+    pub system_id: String,
+    pub wait_for: BTreeSet<Node>,
+    /// The highest that any agent has obeyed.
+    pub epoch: u64,
+    /// The highest timeline of the others that the primary has to be above.
+    pub above: u32,
+    /// Orchestrators that the agents have obeyed until now.
+    pub displaced: BTreeSet<String>,
+    /// What must not be rewritten, with the reason.
+    pub kept: BTreeMap<Node, String>,
+}
+
 /// Durable. Changed through the methods only.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct State {
     pub format: u32,
+    /// Of this orchestrator, from its first state on: agents obey no other.
+    #[serde(default)]
+    pub id: String,
+    /// Ids of orchestrators that a person has displaced by this one.
+    #[serde(default)]
+    pub displaced: BTreeSet<String>,
+    /// Nodes whose data is not to be rewritten.
+    #[serde(default)]
+    pub kept: BTreeMap<Node, Kept>,
+    /// Nodes whose data a person has given up, until it has been rewritten.
+    #[serde(default)]
+    pub discarded: BTreeSet<Node>,
     /// Grows with each operation and with each change of `wait_for`; agents refuse orders of a lower one. So an
     /// order that was delayed on its way cannot undo a later one.
     pub epoch: u64,
@@ -83,6 +120,10 @@ impl State {
     pub fn first(primary: Node, system_id: String, wait_for: BTreeSet<Node>) -> Self {
         Self {
             format: FORMAT,
+            id: String::new(),
+            displaced: BTreeSet::new(),
+            kept: BTreeMap::new(),
+            discarded: BTreeSet::new(),
             epoch: 1,
             primary,
             system_id,
@@ -121,8 +162,49 @@ impl State {
     pub fn hand_over(&mut self, target: &str, wait_for: BTreeSet<Node>, above: u32) {
         self.above = self.above.max(above);
         target.clone_into(&mut self.primary);
+        self.kept.remove(target);
+        self.discarded.clear();
         self.sync_set = BTreeSet::new();
         self.wait_for = wait_for;
+    }
+
+    /// What makes `node` a member of the sync set was seen to be untrue. Commits go on waiting for it, and it may be confirmed
+    /// again. To be saved before anything else is done.
+    pub fn distrust(&mut self, node: &str) {
+        self.epoch += 1;
+        self.sync_set.remove(node);
+    }
+
+    /// Somebody promoted `stray`, which has acknowledged nothing: the primary leads again above it.
+    pub fn outrank(&mut self, stray: &str, above: u32) {
+        self.shrink(stray);
+        self.above = self.above.max(above);
+    }
+
+    /// The data of `node` may be all that is left of something. The epoch grows, so that state of before is known to be old.
+    pub fn keep(&mut self, node: &str, reason: String) {
+        self.epoch += 1;
+        self.kept.entry(node.to_owned()).or_insert_with(|| Kept { since: Timestamp::now(), reason });
+    }
+
+    /// A person gives up what only `node` may have.
+    pub fn discard(&mut self, node: &str) {
+        self.kept.remove(node);
+        self.discarded.insert(node.to_owned());
+    }
+
+    /// A person has said that `node` is the primary.
+    pub fn adopt(&mut self, adoption: Adoption) {
+        self.epoch = self.epoch.max(adoption.epoch) + 1;
+        self.system_id = adoption.system_id;
+        self.operation = None;
+        self.above = self.above.max(adoption.above);
+        self.displaced.extend(adoption.displaced);
+        self.displaced.remove(&self.id);
+        self.hand_over(&adoption.primary, adoption.wait_for, adoption.above);
+        for (node, reason) in adoption.kept {
+            self.keep(&node, reason);
+        }
     }
 
     pub fn remember(&mut self, answered: Answered) {

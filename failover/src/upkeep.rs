@@ -23,6 +23,10 @@ pub fn before(state: &mut State, action: &Action) -> bool {
     match action {
         Action::Shrink { node } => state.shrink(node),
         Action::Widen { node } => state.widen(node),
+        Action::Distrust { node } => state.distrust(node),
+        Action::Outrank { stray, above } => state.outrank(stray, *above),
+        Action::Note { above } => state.above = *above,
+        Action::Keep { node, reason } => state.keep(node, reason.clone()),
         _ => return false,
     }
     true
@@ -33,20 +37,16 @@ pub fn before(state: &mut State, action: &Action) -> bool {
 pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Order, Duration)> {
     let primary = || state.primary.clone();
     match action {
-        Action::Lead { node, .. } => {
-            let order = Order::Lead {
-                wait_for: state.wait_for.clone(),
-                slots: slots(rules, node),
-                above: state.above,
-            };
-            Some((node.clone(), order, LONG))
-        }
-        Action::Wake { node } => Some((node.clone(), Order::Wake { guard: rules.guards() }, LONG)),
+        Action::Lead { node, .. } => Some((node.clone(), lead(state, rules, node), LONG)),
+        Action::Outrank { .. } => Some((primary(), lead(state, rules, &state.primary), LONG)),
+        Action::Wake { node } => Some((node.clone(), Order::Wake, LONG)),
         // Its names are left alone: emptying them would release commits that nobody else has.
         Action::HaltStray { node } => Some((node.clone(), Order::Halt { how: Stop::Immediate }, SWIFT)),
-        Action::WaitFor | Action::Shrink { .. } | Action::Widen { .. } => {
-            Some((primary(), Order::WaitFor { nodes: state.wait_for.clone() }, SWIFT))
-        }
+        Action::WaitFor
+        | Action::Shrink { .. }
+        | Action::Widen { .. }
+        | Action::Distrust { .. }
+        | Action::Keep { .. } => Some((primary(), Order::WaitFor { nodes: state.wait_for.clone() }, SWIFT)),
         Action::Confirm { node } => Some((primary(), Order::ConfirmSync { standby: node.clone() }, LONG)),
         Action::Rejoin { node, how } => {
             let upstream = rules.addresses.get(&state.primary)?.clone();
@@ -55,9 +55,9 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
                 Rejoin::Rewind => REWIND,
                 Rejoin::Follow => LONG,
             };
-            Some((node.clone(), Order::Stand { upstream, how: *how, guard: rules.guards() }, limit))
+            Some((node.clone(), Order::Stand { upstream, how: *how, slots: slots(rules, node) }, limit))
         }
-        Action::Nothing | Action::Resume | Action::FailOver { .. } => None,
+        Action::Nothing | Action::Resume | Action::FailOver { .. } | Action::Note { .. } => None,
     }
 }
 
@@ -70,14 +70,22 @@ pub fn after(state: &mut State, action: &Action, epoch: u64, status: &NodeStatus
             state.confirm(node);
             true
         }
-        Action::Lead { .. } if epoch == state.epoch && status.is_writable() => {
+        Action::Lead { .. } | Action::Outrank { .. } if epoch == state.epoch && status.is_writable() => {
             let above = status.sample.as_ref().map_or(0, |sample| sample.timeline.saturating_sub(1));
             let higher = above > state.above;
             state.above = state.above.max(above);
             higher
         }
+        // It has nothing of its own any more.
+        Action::Rejoin { node, .. } => state.discarded.remove(node),
         _ => false,
     }
+}
+
+/// The order to be the primary that is written down.
+#[must_use]
+pub fn lead(state: &State, rules: &Rules, node: &str) -> Order {
+    Order::Lead { wait_for: state.wait_for.clone(), slots: slots(rules, node), above: state.above }
 }
 
 /// Every other node streams through a slot of its name.

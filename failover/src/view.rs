@@ -1,13 +1,14 @@
 //! What was seen of the cluster, and what it says about the primary. Pure: time is an argument.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::lsn::Lsn;
-use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
+use crate::protocol::{Attached, Node, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
+use crate::state::State;
 
 /// Limits by which evidence is judged.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -32,6 +33,11 @@ pub struct Policy {
     pub degrade_after: Duration,
     /// A standby further behind than this is not waited for, and not a target of a switchover.
     pub max_lag_bytes: u64,
+    /// A primary that commits nothing for so long, although its standbys have all that it has written, is replaced: its disk
+    /// hangs, most likely.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
+    pub stall_after: Duration,
     /// A standby that has not streamed for so long is not helped by waiting.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
@@ -46,6 +52,7 @@ impl Default for Policy {
             stream_silence: Duration::from_millis(750),
             degrade_after: Duration::from_secs(3),
             max_lag_bytes: 16 << 20,
+            stall_after: Duration::from_secs(10),
             rejoin_after: Duration::from_secs(10),
         }
     }
@@ -66,8 +73,19 @@ pub struct Seen {
     pub absent_since: Option<Duration>,
     /// An order of ours is under way.
     pub busy: bool,
-    /// The way of rejoining that failed last.
-    pub failed: Option<Rejoin>,
+    /// What cures the failure of the last order to rejoin, if rewriting the data does.
+    pub cure: Option<Rejoin>,
+    /// Why the last order failed, while none has succeeded since, and how many have failed.
+    pub trouble: Option<String>,
+    pub tries: u32,
+    /// How long it was missing of late: time that it is there pays for a quarter.
+    pub absent_for: Duration,
+    /// When it was last seen to go missing, the newest last.
+    pub drops: Vec<Duration>,
+    /// Since when it is there without interruption.
+    pub present_since: Option<Duration>,
+    /// The agent's count of its own commits, and since when it has not grown.
+    pub beat: (u64, Duration),
     /// No new order before.
     pub not_before: Duration,
 }
@@ -76,7 +94,48 @@ pub struct Seen {
 #[derive(Debug, Clone, Default)]
 pub struct View {
     pub nodes: BTreeMap<Node, Seen>,
+    /// When [`View::note`] was last called.
+    pub noted: Duration,
+    /// Fences that failed, one after another, while the primary was gone.
+    pub failed_fences: u32,
 }
+
+/// A reason to think that what we have written down is older than the facts. While there is one, nothing is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Doubt {
+    /// An agent has obeyed a higher epoch than ours.
+    Epoch { node: Node, epoch: u64 },
+    /// An agent obeys another orchestrator.
+    Orchestrator { node: Node, id: String },
+    /// A node is on a timeline above the primary's: somebody has promoted it. `harmless`: by its agent's word it has
+    /// acknowledged nothing since.
+    Timeline { node: Node, timeline: u32, leader: u32, harmless: bool },
+}
+
+impl std::fmt::Display for Doubt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Epoch { node, epoch } => write!(f, "{node} has obeyed epoch {epoch}, which is above ours"),
+            Self::Orchestrator { node, id } => write!(f, "{node} obeys orchestrator {id}, not this one"),
+            Self::Timeline { node, timeline, leader, harmless } => {
+                let acknowledged = if *harmless { "; it has acknowledged nothing since" } else { "" };
+                write!(
+                    f,
+                    "{node} is on timeline {timeline}, above the primary's {leader}: somebody has promoted it{acknowledged}"
+                )
+            }
+        }
+    }
+}
+
+/// A primary whose own commits take longer waits for somebody,
+const HANGS: Duration = Duration::from_secs(1);
+/// and one that has nobody left to wait for does not work.
+pub const STALLED: Duration = Duration::from_secs(2);
+/// Three times within this time missing is too often.
+const FLAPS: Duration = Duration::from_secs(60);
+/// One that was, is waited for again when it has been there for so long.
+const STEADY: Duration = Duration::from_secs(10);
 
 /// What is known of the primary.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +153,13 @@ pub enum Condition {
 }
 
 impl Seen {
+    /// It comes and goes: it is waited for again only when it has been there for a while.
+    #[must_use]
+    pub fn is_unsteady(&self, now: Duration) -> bool {
+        let flaps = self.drops.len() >= 3 && self.drops.iter().all(|at| now.saturating_sub(*at) < FLAPS);
+        flaps && self.present_since.is_none_or(|since| now.saturating_sub(since) < STEADY)
+    }
+
     /// The agent answered lately: its status can be relied on.
     #[must_use]
     pub fn is_heard(&self, now: Duration, policy: &Policy) -> bool {
@@ -176,6 +242,11 @@ impl View {
             return Condition::Uncertain(format!("{primary} is not among the configured nodes"));
         };
         if let Some(status) = seen.fresh(now, policy) {
+            if let Some(pid) = status.foreign {
+                return Condition::Uncertain(format!(
+                    "a postmaster (process {pid}) that its agent has not started runs on the data of {primary}"
+                ));
+            }
             match &status.postmaster {
                 Postmaster::Stopped { .. } => return Condition::Gone,
                 Postmaster::Starting => return Condition::Uncertain(format!("{primary} is starting")),
@@ -210,18 +281,92 @@ impl View {
         Condition::Lost
     }
 
-    /// Keeps account of since when each standby is missing at `primary`. To be called after each change.
-    pub fn note_absence(&mut self, primary: &str, now: Duration, policy: &Policy) {
-        let Some(sample) = self.nodes.get(primary).and_then(|seen| seen.sample(now, policy)).cloned() else {
+    /// Keeps account of how long each standby is missing at `primary`, and how long that commits nothing. To be called after
+    /// each change.
+    pub fn note(&mut self, primary: &str, now: Duration, policy: &Policy) {
+        let passed = now.saturating_sub(self.noted);
+        self.noted = now;
+        for seen in self.nodes.values_mut() {
+            let beat = seen.status.as_ref().map_or(0, |status| status.beat);
+            let works = seen.status.as_ref().is_none_or(|status| !status.pending || !status.is_writable());
+            if beat != seen.beat.0 || works || !seen.is_heard(now, policy) {
+                seen.beat = (beat, now);
+            }
+        }
+        let leader = self.nodes.get(primary);
+        let Some(sample) = leader.and_then(|seen| seen.sample(now, policy)).cloned() else {
             // The primary says nothing: nobody can be blamed for missing.
             self.nodes.values_mut().for_each(|seen| seen.absent_since = None);
             return;
         };
+        let hangs = leader.is_some_and(|seen| now.saturating_sub(seen.beat.1) > HANGS);
         for (node, seen) in &mut self.nodes {
-            let attached = sample.standbys.iter().any(|standby| standby.node == *node && standby.streaming);
-            seen.absent_since =
-                if attached || node == primary { None } else { seen.absent_since.or(Some(now)) };
+            // One that does not get on is as good as missing. When it has all there is, it is the primary that hangs.
+            let serves = |standby: &Attached| {
+                standby.node == *node && standby.is_genuine() && !(hangs && standby.flushed < sample.lsn)
+            };
+            if node == primary || sample.standbys.iter().any(serves) {
+                seen.present_since = seen.present_since.or(Some(now));
+                seen.absent_since = None;
+                seen.absent_for = seen.absent_for.saturating_sub(passed / 4);
+                continue;
+            }
+            if seen.present_since.take().is_some() {
+                seen.drops.push(now);
+                let many = seen.drops.len().saturating_sub(3);
+                seen.drops.drain(..many);
+            }
+            if seen.absent_since.is_some() {
+                seen.absent_for = (seen.absent_for + passed).min(policy.degrade_after * 2);
+            }
+            seen.absent_since = seen.absent_since.or(Some(now));
         }
+    }
+
+    /// How long the primary has committed nothing although whoever it waits for has all that it has written.
+    #[must_use]
+    pub fn stalled(
+        &self,
+        primary: &str,
+        wait_for: &BTreeSet<Node>,
+        now: Duration,
+        policy: &Policy,
+    ) -> Option<Duration> {
+        let seen = self.nodes.get(primary)?;
+        let sample = seen.sample(now, policy).filter(|sample| !sample.in_recovery)?;
+        let has_all = |node: &Node| {
+            sample
+                .standbys
+                .iter()
+                .any(|standby| standby.node == *node && standby.is_genuine() && standby.flushed >= sample.lsn)
+        };
+        let stalled = now.saturating_sub(seen.beat.1);
+        (stalled > STALLED && !wait_for.is_empty() && wait_for.iter().all(has_all)).then_some(stalled)
+    }
+
+    /// Why what is written down may be older than the facts.
+    #[must_use]
+    pub fn doubts(&self, state: &State, now: Duration, policy: &Policy) -> Vec<Doubt> {
+        let leader = self.nodes.get(&state.primary).and_then(|seen| seen.status.as_ref());
+        let leader = leader.map_or(0, NodeStatus::timeline).max(state.above + 1);
+        let mut doubts = Vec::new();
+        for (node, seen) in &self.nodes {
+            // What was once said stays true, also of one that is not heard any more.
+            let Some(status) = &seen.status else { continue };
+            if status.epoch > state.epoch {
+                doubts.push(Doubt::Epoch { node: node.clone(), epoch: status.epoch });
+            }
+            let obeys = &status.orchestrator;
+            if !obeys.is_empty() && *obeys != state.id && !state.displaced.contains(obeys) {
+                doubts.push(Doubt::Orchestrator { node: node.clone(), id: obeys.clone() });
+            }
+            let (timeline, same) = (status.timeline(), status.system_id == state.system_id);
+            if *node != state.primary && same && timeline > leader {
+                let harmless = seen.is_heard(now, policy) && status.guarded && status.is_writable();
+                doubts.push(Doubt::Timeline { node: node.clone(), timeline, leader, harmless });
+            }
+        }
+        doubts
     }
 
     /// The highest timeline that anybody is known to be on, or that the primary must be on.

@@ -18,18 +18,24 @@ const OTHER: &str = "other";
 /// Readings of one batch by site and type.
 #[derive(Debug, Default)]
 pub struct Census {
-    counts: HashMap<(String, String), u64>,
+    /// By site, then type: looked up without a copy of either.
+    counts: HashMap<Box<str>, HashMap<Box<str>, u64>>,
 }
 
 impl Census {
     /// Adds the readings of one message.
-    pub fn add(&mut self, topic: &[u8], readings: usize) {
+    pub fn add(&mut self, topic: &Topic<'_>, readings: usize) {
         if readings == 0 {
             return;
         }
-        let Ok(topic) = Topic::parse(topic) else { return };
-        let key = (topic.site_id.to_owned(), topic.device_type.to_owned());
-        *self.counts.entry(key).or_default() += readings as u64;
+        let known = self.counts.get_mut(topic.site_id).and_then(|types| types.get_mut(topic.device_type));
+        match known {
+            Some(count) => *count += readings as u64,
+            None => {
+                let types = self.counts.entry(topic.site_id.into()).or_default();
+                types.insert(topic.device_type.into(), readings as u64);
+            }
+        }
     }
 
     pub fn clear(&mut self) {
@@ -38,7 +44,9 @@ impl Census {
 
     /// Site, type, readings.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str, u64)> {
-        self.counts.iter().map(|((site, kind), count)| (site.as_str(), kind.as_str(), *count))
+        self.counts.iter().flat_map(|(site, types)| {
+            types.iter().map(move |(kind, count)| (site.as_ref(), kind.as_ref(), *count))
+        })
     }
 }
 
@@ -85,10 +93,10 @@ mod tests {
         let registry = Registry::new();
         let readings = Readings::new(&registry).unwrap();
         let mut census = Census::default();
-        census.add(b"og/field/WY-ALPHA/turbine/T-1", 2);
-        census.add(b"og/field/WY-ALPHA/turbine/T-2", 1);
-        census.add(b"og/field/WY-ALPHA/turbine/T-3", 0);
-        census.add(b"somewhere/else", 5);
+        for (device, count) in [("T-1", 2), ("T-2", 1), ("T-3", 0)] {
+            let topic = format!("og/field/WY-ALPHA/turbine/{device}");
+            census.add(&Topic::parse(topic.as_bytes()).unwrap(), count);
+        }
         readings.add(census.iter());
         for number in 0..2 * MAX_PAIRS {
             readings.add([("made-up", number.to_string().as_str(), 1)].into_iter());

@@ -18,6 +18,7 @@ struct Connections {
 /// # Errors
 /// When a name is registered already.
 pub fn export(registry: &Registry, database: Database) -> Result<(), prometheus::Error> {
+    registry.register(Box::new(database.refusals()))?;
     registry.register(Box::new(Connections {
         database,
         connections: IntGaugeVec::new(
@@ -65,6 +66,7 @@ mod tests {
             .iter()
             .flat_map(|family| family.get_metric().iter().map(|metric| metric.get_gauge().get_value()))
             .collect();
-        assert_eq!(values, [0.0, 0.0, 0.0, 3.0]);
+        // The counter of refused sessions comes last, and is no gauge.
+        assert_eq!(values, [0.0, 0.0, 0.0, 3.0, 0.0]);
     }
 }

@@ -5,24 +5,29 @@
 //! so an old primary that comes back is not believed; each connection is checked when it is taken from the pool.
 
 mod connection;
+mod handshake;
 mod sight;
+mod words;
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use deadpool_postgres::{
-    Client, Connect, Hook, HookError, Manager, ManagerConfig, Pool, RecyclingMethod, Runtime,
+    Client, Connect, Hook, HookError, Manager, ManagerConfig, Pool, PoolError, RecyclingMethod, Runtime,
 };
+use prometheus::IntCounter;
 use service::health::Dependency;
 use tokio::time::timeout;
 use tokio_postgres::{Config, NoTls};
 
 use crate::failure::WriteError;
 use crate::settings::DatabaseSettings;
-use connection::{Opened, idle_driver, standing};
+use connection::{Opened, idle_driver};
+use handshake::{OpenError, standing};
 use sight::{Sight, Watching};
+use words::{explain, full};
 
 /// Connections to the primary, wherever it is.
 #[derive(Debug, Clone)]
@@ -31,6 +36,8 @@ pub struct Database {
     watching: Arc<Watching>,
     settings: DatabaseSettings,
     health: Dependency,
+    /// Why nothing may be written to the tables, as somebody has changed them.
+    fault: Arc<Mutex<Option<String>>>,
 }
 
 impl Database {
@@ -53,11 +60,16 @@ impl Database {
         if !settings.password.is_empty() {
             config.password(settings.password.expose());
         }
-        let watching = Arc::new(Watching::begin(&config, nodes, settings.connect_timeout, connections));
+        let refusals = IntCounter::new(
+            "ingest_database_sessions_refused_total",
+            "Sessions opened with Postgres and not used, since rows could be lost through them; health says why",
+        )
+        .context("make the counter of refused sessions")?;
+        let patience = settings.connect_timeout;
+        let watching = Arc::new(Watching::begin(&config, nodes, patience, connections, refusals));
         let finder = Finder { sight: watching.sight.clone() };
         let manager =
             Manager::from_connect(config, finder, ManagerConfig { recycling_method: RecyclingMethod::Fast });
-        let patience = settings.connect_timeout;
         let check = || {
             let sight = watching.sight.clone();
             Hook::async_fn(move |client: &mut deadpool_postgres::ClientWrapper, _| {
@@ -67,7 +79,7 @@ impl Database {
                     let standing = timeout(patience, standing(client))
                         .await
                         .map_err(|_| HookError::message("the node does not answer"))?
-                        .map_err(HookError::Backend)?;
+                        .map_err(|error| HookError::message(error.to_string()))?;
                     sight.admit(standing).map_err(HookError::message)
                 })
             })
@@ -82,7 +94,7 @@ impl Database {
             .pre_recycle(check())
             .build()
             .context("build the connection pool")?;
-        Ok(Self { pool, watching, settings: settings.clone(), health })
+        Ok(Self { pool, watching, settings: settings.clone(), health, fault: Arc::default() })
     }
 
     /// A connection to the primary. Waits for one to appear as long as for an answer: whoever is in need of it knows of a
@@ -98,11 +110,17 @@ impl Database {
         match self.pool.get().await {
             Ok(client) => Ok(client),
             Err(error) => {
-                let reason = full(&error).trim().to_owned();
+                let reason = self.watching.sight.refusal().unwrap_or_else(|| in_words(&error));
                 self.health.down(reason.clone());
                 Err(WriteError::Retry(reason))
             }
         }
+    }
+
+    /// Sessions that were opened and not used.
+    #[must_use]
+    pub(crate) fn refusals(&self) -> IntCounter {
+        self.watching.sight.refusals.clone()
     }
 
     /// How the pool stands now.
@@ -121,6 +139,52 @@ impl Database {
         self.health.up();
     }
 
+    /// How many nodes there are, primary or not.
+    #[must_use]
+    pub fn nodes(&self) -> usize {
+        self.watching.sight.nodes()
+    }
+
+    /// A session with one node, whatever it is. Not one of the pool's: it ends when it is dropped.
+    ///
+    /// # Errors
+    /// [`WriteError::Retry`] when the node does not take it in time.
+    pub async fn open(&self, node: usize) -> Result<tokio_postgres::Client, WriteError> {
+        self.watching.sight.open(node).await
+    }
+
+    /// The tables would not keep what they are given, for this reason; `None`: they would.
+    pub(crate) fn set_fault(&self, fault: Option<String>) {
+        let mut known = self.fault();
+        if *known != fault {
+            match &fault {
+                Some(fault) => {
+                    tracing::error!(fault, "nothing is written or acknowledged until this is mended")
+                }
+                None => tracing::info!("the tables are as they should be again"),
+            }
+        }
+        if let Some(fault) = &fault {
+            self.health.down(fault.clone());
+        }
+        *known = fault;
+    }
+
+    /// # Errors
+    /// [`WriteError::Schema`] while there is a fault.
+    pub(crate) fn check_fault(&self) -> Result<(), WriteError> {
+        self.fault().clone().map_or(Ok(()), |fault| Err(WriteError::Schema(fault)))
+    }
+
+    fn fault(&self) -> MutexGuard<'_, Option<String>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tables refuse what they took before.
+    pub fn refuses(&self, reason: &str) {
+        self.health.down(reason);
+    }
+
     /// Throws a connection away instead of giving it back: its state is unknown.
     pub fn discard(&self, client: Client, reason: &str) {
         drop(Client::take(client));
@@ -128,17 +192,12 @@ impl Database {
     }
 }
 
-fn full(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text = format!("{text}: {inner_text}");
-        }
-        source = inner.source();
+/// The server's reason where it gave one.
+fn in_words(error: &PoolError) -> String {
+    match error {
+        PoolError::Backend(error) => explain(error),
+        other => full(other).trim().to_owned(),
     }
-    text
 }
 
 #[derive(Debug)]
@@ -151,10 +210,13 @@ type Opening<'a> = Pin<Box<dyn Future<Output = Result<Opened, tokio_postgres::Er
 impl Connect for Finder {
     fn connect(&self, _: &Config) -> Opening<'_> {
         Box::pin(async move {
-            match self.sight.connect().await? {
-                Some(opened) => Ok(opened),
-                // It timed out. The driver has no error of that name; connecting nowhere gives a genuine one.
-                None => Config::new().connect(NoTls).await.map(|(client, _)| (client, idle_driver())),
+            match self.sight.connect().await {
+                Ok(Some(opened)) => Ok(opened),
+                Err(OpenError::Driver(error)) => Err(error),
+                // It timed out, or was refused. The driver has no error of that name; connecting nowhere gives a genuine one.
+                Ok(None) | Err(OpenError::Refused(_)) => {
+                    Config::new().connect(NoTls).await.map(|(client, _)| (client, idle_driver()))
+                }
             }
         })
     }

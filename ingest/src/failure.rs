@@ -15,15 +15,41 @@ pub enum WriteError {
     /// As `Retry`, and nobody has thought of this one: raise an alarm.
     #[error("unknown error, tried again: {0}")]
     Unknown(String),
+    /// Somebody holds a lock: as `Retry`, and no message's fault however long it takes.
+    #[error("a lock is held by somebody else: {0}")]
+    Locked(String),
     /// Some rows are stored already: merge instead.
     #[error("a row with this identity is stored already")]
     Duplicate,
     /// No partition takes the row's time: make it and try again.
     #[error("no partition for a reading's time")]
     MissingPartition,
+    /// The database reported success and kept fewer rows than it was sent: merge, and look which are missing.
+    #[error("the table kept {kept} of {sent} rows")]
+    Swallowed { sent: usize, kept: usize },
+    /// The tables refuse what they took before: somebody has changed them, or they are damaged. Hold, raise an alarm, try
+    /// again.
+    #[error("the tables no longer take what they took before: {0}")]
+    Schema(String),
     /// The database refuses the data. `line` is the row within the COPY, from 0, when the error names it.
     #[error("{message}")]
     Data { message: String, line: Option<usize> },
+}
+
+impl WriteError {
+    /// Whether the connection is usable after a rollback. Otherwise it is lost, or its state is unknown.
+    #[must_use]
+    pub fn keeps_connection(&self) -> bool {
+        match self {
+            Self::Retry(_) | Self::Unknown(_) => false,
+            Self::Duplicate
+            | Self::Locked(_)
+            | Self::MissingPartition
+            | Self::Swallowed { .. }
+            | Self::Schema(_)
+            | Self::Data { .. } => true,
+        }
+    }
 }
 
 impl From<tokio_postgres::Error> for WriteError {
@@ -48,21 +74,28 @@ fn with_source(error: &tokio_postgres::Error) -> String {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Server,
+    Locked,
+    Damaged,
     Duplicate,
     MissingPartition,
     Data,
     Unknown,
 }
 
-/// Classifies by SQLSTATE alone. `names_no_column` tells apart the two uses of 23514: a missing partition names
-/// neither constraint nor column.
+/// Classifies by SQLSTATE. 23514 has two uses, and a trigger may raise it too: a missing partition is known by the function
+/// of the server that reports it.
 #[must_use]
-pub fn kind(code: &str, has_constraint: bool) -> Kind {
+pub fn kind(code: &str, from_partition_search: bool) -> Kind {
     match (code, code.get(..2)) {
         ("23505", _) => Kind::Duplicate,
-        ("23514", _) if !has_constraint => Kind::MissingPartition,
-        // A read-only or recovering node, or a lock not got in time: not the data's fault although class 25 or 55.
-        ("25006" | "55P03" | "55006" | "55000", _) => Kind::Server,
+        ("23514", _) if from_partition_search => Kind::MissingPartition,
+        // Somebody holds a lock for longer than a batch waits for it.
+        ("55P03", _) => Kind::Locked,
+        // A damaged page of a table or an index: no row is bad because of it.
+        ("XX001" | "XX002", _) => Kind::Damaged,
+        // A read-only or recovering node: not the data's fault although class 25.
+        // A transaction that has failed before, or is not there any more: it is begun again.
+        ("25006" | "25P01" | "25P02" | "55006" | "55000", _) => Kind::Server,
         (_, Some("08" | "40" | "53" | "57" | "58")) => Kind::Server,
         (_, Some("22" | "23" | "54")) => Kind::Data,
         _ => Kind::Unknown,
@@ -71,8 +104,10 @@ pub fn kind(code: &str, has_constraint: bool) -> Kind {
 
 fn classify(code: &SqlState, error: &DbError) -> WriteError {
     let message = format!("{}: {}", code.code(), error.message());
-    match kind(code.code(), error.constraint().is_some()) {
+    match kind(code.code(), error.routine() == Some("ExecFindPartition")) {
         Kind::Server => WriteError::Retry(message),
+        Kind::Locked => WriteError::Locked(message),
+        Kind::Damaged => WriteError::Schema(message),
         Kind::Duplicate => WriteError::Duplicate,
         Kind::MissingPartition => WriteError::MissingPartition,
         Kind::Data => {
@@ -107,38 +142,42 @@ mod tests {
 
     #[test]
     fn every_sqlstate_has_one_answer() {
-        for (code, has_constraint, expected) in [
+        for (code, from_partition_search, expected) in [
             ("08006", false, Kind::Server), // connection_failure
             ("08P01", false, Kind::Server), // protocol_violation
             ("25006", false, Kind::Server), // read_only_sql_transaction: a demoted primary
+            ("25P01", false, Kind::Server), // no_active_sql_transaction
+            ("25P02", false, Kind::Server), // in_failed_sql_transaction: COMMIT would have answered ROLLBACK
             ("40001", false, Kind::Server), // serialization_failure
             ("40P01", false, Kind::Server), // deadlock_detected
             ("53100", false, Kind::Server), // disk_full
             ("53300", false, Kind::Server), // too_many_connections
             ("55006", false, Kind::Server), // object_in_use
-            ("55P03", false, Kind::Server), // lock_not_available
+            ("55P03", false, Kind::Locked), // lock_not_available
             ("57014", false, Kind::Server), // query_canceled
             ("57P01", false, Kind::Server), // admin_shutdown
             ("57P02", false, Kind::Server), // crash_shutdown
             ("57P03", false, Kind::Server), // cannot_connect_now
             ("58030", false, Kind::Server), // io_error
-            ("23505", true, Kind::Duplicate),
-            ("23514", false, Kind::MissingPartition),
-            ("23514", true, Kind::Data),     // a CHECK constraint
-            ("22P02", false, Kind::Data),    // invalid_text_representation
-            ("22P05", false, Kind::Data),    // untranslatable_character: \u0000
-            ("22021", false, Kind::Data),    // character_not_in_repertoire
-            ("22003", false, Kind::Data),    // numeric_value_out_of_range
-            ("22P03", false, Kind::Data),    // invalid_binary_representation
-            ("23502", false, Kind::Data),    // not_null_violation
-            ("54000", false, Kind::Data),    // program_limit_exceeded: index row too large
-            ("54001", false, Kind::Data),    // statement_too_complex: nested too deep
+            ("23505", false, Kind::Duplicate),
+            ("23514", true, Kind::MissingPartition),
+            ("23514", false, Kind::Data), // a CHECK constraint, or a trigger that uses its code
+            ("22P02", false, Kind::Data), // invalid_text_representation
+            ("22P05", false, Kind::Data), // untranslatable_character: \u0000
+            ("22021", false, Kind::Data), // character_not_in_repertoire
+            ("22003", false, Kind::Data), // numeric_value_out_of_range
+            ("22P03", false, Kind::Data), // invalid_binary_representation
+            ("23502", false, Kind::Data), // not_null_violation
+            ("54000", false, Kind::Data), // program_limit_exceeded: index row too large
+            ("54001", false, Kind::Data), // statement_too_complex: nested too deep
             ("28P01", false, Kind::Unknown), // invalid_password
             ("42P01", false, Kind::Unknown), // undefined_table
             ("XX000", false, Kind::Unknown),
+            ("XX001", false, Kind::Damaged), // data_corrupted
+            ("XX002", false, Kind::Damaged), // index_corrupted
             ("", false, Kind::Unknown),
         ] {
-            assert_eq!(kind(code, has_constraint), expected, "{code}");
+            assert_eq!(kind(code, from_partition_search), expected, "{code}");
         }
     }
 

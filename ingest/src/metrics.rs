@@ -1,12 +1,17 @@
 //! What ingest exports. Conservation: `received = committed + duplicates + dead letters + in flight`, in rows;
 //! a residue is a bug.
 
+mod letters;
+
 use prometheus::core::Collector;
 use prometheus::{Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts};
 use service::metrics::Registry;
 
+use crate::audit::Key;
 use crate::census::Readings;
 use crate::dead_letter::Reason;
+use crate::tolerated::Tolerated;
+pub use letters::LetterMetrics;
 
 /// All series of one consumer.
 #[derive(Debug, Clone)]
@@ -17,6 +22,7 @@ pub struct Metrics {
     pub rows_committed: IntCounter,
     pub duplicates: IntCounter,
     pub dead_letters: IntCounterVec,
+    pub tolerated: IntCounterVec,
     pub rows_in_flight: IntGauge,
     pub acknowledged: IntCounter,
     pub batches: IntCounterVec,
@@ -27,10 +33,21 @@ pub struct Metrics {
     pub unknown_errors: IntCounter,
     pub merges: IntCounter,
     pub isolations: IntCounter,
+    pub joined: IntCounter,
+    pub letters_suppressed: IntCounter,
+    pub swallowed: IntCounter,
+    pub splits: IntCounter,
+    /// Batches held now.
+    pub held_by_schema: IntGauge,
     /// Of the one elected process; the others say 0.
     pub partitions_ahead: IntGauge,
+    pub partitions_overdue: Gauge,
     pub upkeep_succeeded: Gauge,
     pub upkeep_failures: IntCounter,
+    pub clock_offset: Gauge,
+    pub clock_uncertain: IntGauge,
+    /// Of the one elected process; the others say 0.
+    pub letters: LetterMetrics,
 }
 
 /// From half a millisecond to five minutes: what is slower than that is an outage, not a latency.
@@ -60,6 +77,16 @@ impl Metrics {
                 IntCounterVec::new(
                     Opts::new("ingest_dead_letters_total", "Readings or messages committed as dead letters"),
                     &["reason"],
+                )?,
+            )?,
+            tolerated: register(
+                registry,
+                IntCounterVec::new(
+                    Opts::new(
+                        "ingest_tolerated_total",
+                        "Readings taken although they are not as the contract asks, by what was tolerated; empty: messages",
+                    ),
+                    &["what"],
                 )?,
             )?,
             rows_in_flight: register(
@@ -125,11 +152,45 @@ impl Metrics {
                 "ingest_isolations_total",
                 "Batches in which rows refused by the database were isolated",
             )?,
+            joined: counter(
+                registry,
+                "ingest_rows_joined_total",
+                "Readings whose metrics were joined into a stored row with the same device and timestamp",
+            )?,
+            letters_suppressed: counter(
+                registry,
+                "ingest_dead_letters_suppressed_total",
+                "Refused readings without a dead letter because their device had left too many; the rest of what it sent is stored",
+            )?,
+            swallowed: counter(
+                registry,
+                "ingest_swallowed_batches_total",
+                "Batches of which the table kept fewer rows than it reported success for; the missing rows become dead letters",
+            )?,
+            splits: counter(
+                registry,
+                "ingest_split_batches_total",
+                "Batches that failed again and again while the database took other work, and were split by message",
+            )?,
+            held_by_schema: register(
+                registry,
+                IntGauge::new(
+                    "ingest_batches_held_by_schema",
+                    "Batches that wait because the tables refuse what they took before",
+                )?,
+            )?,
             partitions_ahead: register(
                 registry,
                 IntGauge::new(
                     "ingest_partitions_ahead",
                     "Partitions whose time has not begun; 0 unless elected to the upkeep, so take the maximum",
+                )?,
+            )?,
+            partitions_overdue: register(
+                registry,
+                Gauge::new(
+                    "ingest_partitions_overdue_seconds",
+                    "How long ago the oldest partition of readings should have been dropped; 0 unless elected, so take the maximum",
                 )?,
             )?,
             upkeep_succeeded: register(
@@ -144,11 +205,104 @@ impl Metrics {
                 "ingest_upkeep_failures_total",
                 "Tries to prepare the tables or to keep the partitions that failed and are repeated",
             )?,
+            clock_offset: register(
+                registry,
+                Gauge::new(
+                    "ingest_clock_offset_seconds",
+                    "This machine's clock minus the primary's, measured every second at the middle of the round trip",
+                )?,
+            )?,
+            clock_uncertain: register(
+                registry,
+                IntGauge::new(
+                    "ingest_clock_uncertain",
+                    "1 while the clocks disagree, with one another, with what they said before or with the stored readings: nothing is \
+                     refused that one of them accepts",
+                )?,
+            )?,
+            letters: LetterMetrics::new(registry)?,
         };
+        for what in Tolerated::ALL {
+            metrics.tolerated.with_label_values(&[what.as_str()]);
+        }
         for reason in Reason::ALL {
             metrics.dead_letters.with_label_values(&[reason.as_str()]);
         }
         Ok(metrics)
+    }
+}
+
+/// What the sampled re-read of committed keys exports.
+#[derive(Debug, Clone)]
+pub struct AuditMetrics {
+    pub checked: IntCounterVec,
+    pub missing: IntCounterVec,
+    pub unverified: IntCounter,
+    pub skipped: IntCounter,
+    last_success: Gauge,
+}
+
+impl AuditMetrics {
+    /// # Errors
+    /// When a name is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let by_role = |name: &str, help: &str| IntCounterVec::new(Opts::new(name, help), &["role"]);
+        let metrics = Self {
+            checked: register(
+                registry,
+                by_role(
+                    "ingest_audit_keys_total",
+                    "Keys of committed readings or sessions that were read again",
+                )?,
+            )?,
+            missing: register(
+                registry,
+                by_role(
+                    "ingest_audit_missing_keys_total",
+                    "Keys that were committed and acknowledged, and are not in the table",
+                )?,
+            )?,
+            unverified: counter(
+                registry,
+                "ingest_audit_unverified_keys_total",
+                "Keys that a standby was not asked for because it was away or had not replayed their commit",
+            )?,
+            skipped: counter(
+                registry,
+                "ingest_audit_skipped_keys_total",
+                "Keys that were not read again: too many at once, about to be dropped by the retention, or none because the database refused the rows",
+            )?,
+            last_success: register(
+                registry,
+                Gauge::new(
+                    "ingest_audit_last_success_timestamp_seconds",
+                    "When committed keys were last read again, seconds since 1970; 0: never",
+                )?,
+            )?,
+        };
+        for role in ["primary", "standby"] {
+            metrics.checked.with_label_values(&[role]);
+            metrics.missing.with_label_values(&[role]);
+        }
+        Ok(metrics)
+    }
+
+    /// `count` keys were asked for; those with the numbers `missing` are not there.
+    pub(crate) fn found(&self, role: &str, count: usize, missing: &[usize], keys: &[Key]) {
+        self.checked.with_label_values(&[role]).inc_by(count as u64);
+        self.missing.with_label_values(&[role]).inc_by(missing.len() as u64);
+        for key in missing.iter().filter_map(|number| keys.get(*number)).take(10) {
+            tracing::error!(
+                role,
+                id = %key.id.escape_debug(),
+                at = %jiff::Timestamp::from_microsecond(key.at_us).unwrap_or_default(),
+                "acknowledged, and not in the table"
+            );
+        }
+    }
+
+    pub(crate) fn succeeded(&self, now_us: i64) {
+        self.last_success.set(now_us as f64 / 1e6);
     }
 }
 

@@ -1,8 +1,12 @@
-//! Time partitions of `device_telemetry`: made ahead (those of the past when a late reading needs one), indexed when
-//! their time has passed, dropped after the retention.
+//! Time partitions: made ahead (those of the past when a late reading needs one), indexed when their time has passed,
+//! dropped after the retention. For every table that has them: `device_telemetry` and `dead_letters`.
 //!
-//! Nothing here blocks writers: partitions are attached and detached, never created or dropped in place, and indexes
-//! are built concurrently. There is no default partition, so a stray reading can never make one.
+//! Nothing here blocks writers for long: partitions are attached, never created in place, and indexes are built
+//! concurrently. `device_telemetry` has no default partition, so a stray reading can never make one. Which partitions
+//! have expired is decided elsewhere ([`maintenance`](crate::maintenance)); here they are only dropped.
+
+mod catalog;
+mod dropping;
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,8 +14,12 @@ use std::time::Duration;
 
 use tokio_postgres::Client;
 
+pub use catalog::{Listing, Partition, list, taken_names};
+pub use dropping::{Drops, clear_marks, drop_expired, finish_drops};
+
 use crate::failure::WriteError;
 use crate::settings::IngestSettings;
+use crate::transaction::{self, BEGIN};
 
 /// Held while partitions are made or dropped; one consumer at a time. The bytes of "tier0par".
 const PARTITION_LOCK: i64 = 0x7469_6572_3070_6172;
@@ -19,9 +27,43 @@ const PARTITION_LOCK: i64 = 0x7469_6572_3070_6172;
 /// Longest wait for a lock, so that maintenance never queues in front of writers.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '2s'";
 
+/// One day, the width of a partition of `dead_letters`: they are few, and their retention is counted in days.
+const DAY_US: i64 = 24 * 3600 * 1_000_000;
+
+/// A table with time partitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    DeviceTelemetry,
+    DeadLetters,
+}
+
+impl Table {
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DeviceTelemetry => "device_telemetry",
+            Self::DeadLetters => "dead_letters",
+        }
+    }
+
+    /// The name with its schema, ready for SQL.
+    pub(crate) fn qualified(self) -> String {
+        format!("public.{}", self.name())
+    }
+
+    /// The column that says which partition a row belongs to.
+    fn key(self) -> &'static str {
+        match self {
+            Self::DeviceTelemetry => "timestamp_utc",
+            Self::DeadLetters => "received_at",
+        }
+    }
+}
+
 /// The layout: all times in microseconds since 1970.
 #[derive(Debug, Clone, Copy)]
 pub struct Layout {
+    pub table: Table,
     pub width_us: i64,
     pub retention_us: i64,
     pub tolerance_us: i64,
@@ -30,16 +72,30 @@ pub struct Layout {
 /// A partition's span, end excluded.
 pub type Span = (i64, i64);
 
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX / 4)
+/// As microseconds; a quarter of the largest number when it is longer, so that sums stay in range.
+pub(crate) fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX).min(i64::MAX / 4)
 }
 
 impl Layout {
+    /// Of `device_telemetry`.
     #[must_use]
     pub fn new(settings: &IngestSettings) -> Self {
         Self {
+            table: Table::DeviceTelemetry,
             width_us: micros(settings.partition_width),
             retention_us: micros(settings.retention),
+            tolerance_us: micros(settings.future_tolerance),
+        }
+    }
+
+    /// Of `dead_letters`.
+    #[must_use]
+    pub fn of_dead_letters(settings: &IngestSettings) -> Self {
+        Self {
+            table: Table::DeadLetters,
+            width_us: DAY_US,
+            retention_us: micros(settings.dead_letter_retention),
             tolerance_us: micros(settings.future_tolerance),
         }
     }
@@ -92,60 +148,50 @@ impl Layout {
     }
 }
 
-/// An existing partition.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Partition {
-    pub name: String,
-    pub span: Span,
-    /// Whether the per-device index is there and valid.
-    pub indexed: bool,
-}
-
-/// All partitions, oldest first.
-///
-/// # Errors
-/// As classified by [`WriteError`].
-pub async fn list(client: &Client) -> Result<Vec<Partition>, WriteError> {
-    const SQL: &str = "SELECT c.relname::text, \
-          (extract(epoch FROM substring(bound FROM $$FROM \\('([^']+)'\\)$$)::timestamptz) * 1000000)::bigint, \
-          (extract(epoch FROM substring(bound FROM $$TO \\('([^']+)'\\)$$)::timestamptz) * 1000000)::bigint, \
-          EXISTS (SELECT FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid \
-                  WHERE x.indrelid = c.oid AND x.indisvalid AND i.relname = c.relname || '_device') \
-        FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid, \
-        LATERAL (SELECT pg_get_expr(c.relpartbound, c.oid) AS bound) AS b \
-        WHERE h.inhparent = 'device_telemetry'::regclass AND NOT h.inhdetachpending ORDER BY 2";
-    let rows = client.query(SQL, &[]).await?;
-    Ok(rows
-        .iter()
-        .map(|row| Partition { name: row.get(0), span: (row.get(1), row.get(2)), indexed: row.get(3) })
-        .collect())
-}
-
 /// Partitions made in one transaction: each locks four relations, and the server's table of locks is finite.
 const MADE_AT_ONCE: usize = 64;
 
 /// Makes what is missing so that the cells are covered. Returns how many were made.
 ///
 /// # Errors
-/// As classified by [`WriteError`]; what was made before stays, nothing is half made.
+/// As classified by [`WriteError`]; what was made before stays, nothing is half made. After [`WriteError::Retry`] and
+/// [`WriteError::Unknown`] the connection must be thrown away.
 pub async fn ensure(client: &mut Client, layout: &Layout, cells: &[i64]) -> Result<usize, WriteError> {
     let mut made = 0;
     loop {
-        let transaction = client.transaction().await?;
-        transaction.batch_execute(LOCK_TIMEOUT).await?;
-        transaction.execute("SELECT pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
-        let existing: Vec<Span> =
-            list(transaction.client()).await?.into_iter().map(|partition| partition.span).collect();
-        let missing = layout.missing(&existing, cells);
-        for (start, end) in missing.iter().take(MADE_AT_ONCE) {
-            transaction.batch_execute(&create_sql(*start, *end)).await?;
-        }
-        transaction.commit().await?;
-        made += missing.len().min(MADE_AT_ONCE);
-        if missing.len() <= MADE_AT_ONCE {
+        client.batch_execute(BEGIN).await?;
+        let (now, all) = match make(client, layout, cells).await {
+            Ok(counts) => counts,
+            Err(error) => {
+                transaction::roll_back(client).await?;
+                return Err(error);
+            }
+        };
+        transaction::commit(client).await?;
+        made += now;
+        if all <= now {
             return Ok(made);
         }
     }
+}
+
+/// In the connection's transaction. Returns how many were made and how many were missing.
+async fn make(client: &Client, layout: &Layout, cells: &[i64]) -> Result<(usize, usize), WriteError> {
+    client.batch_execute(LOCK_TIMEOUT).await?;
+    client.execute("SELECT pg_catalog.pg_advisory_xact_lock($1)", &[&PARTITION_LOCK]).await?;
+    let listing = list(client, layout.table).await?;
+    let existing: Vec<Span> = listing.partitions.iter().map(|partition| partition.span).collect();
+    let missing = layout.missing(&existing, cells);
+    if missing.is_empty() {
+        return Ok((0, 0));
+    }
+    // A partition that somebody has detached to keep it still has its name.
+    let taken = taken_names(client, layout.table).await?;
+    for span in missing.iter().take(MADE_AT_ONCE) {
+        let name = free_name(layout.table, span.0, &taken);
+        client.batch_execute(&create_sql(layout.table, &name, *span, listing.default.as_deref())).await?;
+    }
+    Ok((missing.len().min(MADE_AT_ONCE), missing.len()))
 }
 
 /// Builds the index for look-ups by device on one partition, beside the writers.
@@ -153,78 +199,55 @@ pub async fn ensure(client: &mut Client, layout: &Layout, cells: &[i64]) -> Resu
 /// # Errors
 /// As classified by [`WriteError`]; what a failed attempt leaves behind is removed by the next one.
 pub async fn index_device(client: &Client, partition: &Partition) -> Result<(), WriteError> {
-    let name = &partition.name;
-    client.batch_execute(&format!("DROP INDEX CONCURRENTLY IF EXISTS {name}_device")).await?;
-    let sql = format!("CREATE INDEX CONCURRENTLY {name}_device ON {name} (device_id, timestamp_utc)");
+    let (table, index) = (partition.quoted(), partition.index_name());
+    let drop = format!("DROP INDEX CONCURRENTLY IF EXISTS {}", partition.quoted_beside(&index));
+    client.batch_execute(&drop).await?;
+    let index = catalog::quote(&index);
+    let sql = format!("CREATE INDEX CONCURRENTLY {index} ON {table} (device_id, timestamp_utc)");
     Ok(client.batch_execute(&sql).await?)
 }
 
-/// Finishes what a process that died while it dropped a partition has left: a detach that is pending (which would make
-/// every later one fail), a table that is detached and not dropped.
-///
-/// # Errors
-/// As classified by [`WriteError`].
-pub async fn finish_drops(client: &Client) -> Result<(), WriteError> {
-    const PENDING: &str = "SELECT c.relname::text FROM pg_inherits h JOIN pg_class c ON c.oid = h.inhrelid \
-        WHERE h.inhparent = 'device_telemetry'::regclass AND h.inhdetachpending";
-    const ORPHANS: &str = "SELECT c.relname::text FROM pg_class c \
-        WHERE c.relkind = 'r' AND c.relname ~ '^device_telemetry_\\d{8}_\\d{6}(_\\d{6})?$' \
-          AND c.relnamespace = (SELECT relnamespace FROM pg_class WHERE oid = 'device_telemetry'::regclass) \
-          AND NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = c.oid)";
-    for row in client.query(PENDING, &[]).await? {
-        let name: &str = row.get(0);
-        client
-            .batch_execute(&format!("ALTER TABLE device_telemetry DETACH PARTITION {name} FINALIZE"))
-            .await?;
-    }
-    for row in client.query(ORPHANS, &[]).await? {
-        let name: &str = row.get(0);
-        client.batch_execute(&format!("DROP TABLE {name}")).await?;
-        tracing::warn!(table = name, "a partition that was detached and not dropped is dropped now");
-    }
-    Ok(())
-}
-
-/// Drops a partition without keeping writers of the others waiting.
-///
-/// # Errors
-/// As classified by [`WriteError`].
-pub async fn drop_expired(client: &Client, partition: &Partition) -> Result<(), WriteError> {
-    let name = &partition.name;
-    client
-        .batch_execute(&format!("ALTER TABLE device_telemetry DETACH PARTITION {name} CONCURRENTLY"))
-        .await?;
-    Ok(client.batch_execute(&format!("DROP TABLE {name}")).await?)
-}
-
-fn create_sql(start_us: i64, end_us: i64) -> String {
-    let name = format!("device_telemetry_{}", stamp(start_us));
+fn create_sql(table: Table, name: &str, (start_us, end_us): Span, default: Option<&str>) -> String {
+    let (parent, name, key) = (table.qualified(), format!("public.{name}"), table.key());
+    let (from, to) = (time(start_us), time(end_us));
     // Made aside and attached: CREATE .. PARTITION OF would lock the parent against writers.
-    let mut sql = format!("CREATE TABLE {name} (LIKE device_telemetry INCLUDING ALL);");
-    write!(
-        sql,
-        "ALTER TABLE {name} SET (autovacuum_vacuum_insert_threshold = -1);\
-         ALTER TABLE device_telemetry ATTACH PARTITION {name} \
-         FOR VALUES FROM (to_timestamp({}::double precision)) TO (to_timestamp({}::double precision))",
-        seconds(start_us),
-        seconds(end_us)
-    )
-    .unwrap_or_default();
+    let mut sql = format!("CREATE TABLE {name} (LIKE {parent} INCLUDING ALL EXCLUDING IDENTITY);");
+    if table == Table::DeviceTelemetry {
+        sql += &format!("ALTER TABLE {name} SET (autovacuum_vacuum_insert_threshold = -1);");
+    }
+    // Rows of this span that had no partition before are in the default one, and it may hold none when this is attached.
+    if let Some(default) = default {
+        sql += &format!(
+            "LOCK TABLE {default} IN ACCESS EXCLUSIVE MODE;\
+             WITH moved AS (DELETE FROM {default} WHERE {key} >= {from} AND {key} < {to} RETURNING *) \
+             INSERT INTO {name} SELECT * FROM moved;"
+        );
+    }
+    sql += &format!("ALTER TABLE {parent} ATTACH PARTITION {name} FOR VALUES FROM ({from}) TO ({to})");
     sql
 }
 
-fn seconds(us: i64) -> String {
-    format!("{}.{:06}", us.div_euclid(1_000_000), us.rem_euclid(1_000_000))
+/// As SQL.
+pub(crate) fn time(us: i64) -> String {
+    format!("to_timestamp({}.{:06}::double precision)", us.div_euclid(1_000_000), us.rem_euclid(1_000_000))
+}
+
+/// The name of a new partition: when that of its time is taken, the first of `.._b2`, `.._b3` and so on that is not.
+fn free_name(table: Table, start_us: i64, taken: &BTreeSet<String>) -> String {
+    let name = format!("{}_{}", table.name(), stamp(start_us));
+    let others = (2_u32..).map(|number| format!("{name}_b{number}"));
+    std::iter::once(name.clone()).chain(others).find(|name| !taken.contains(name)).unwrap_or(name)
 }
 
 /// The start as `YYYYMMDD_HHMMSS`, with microseconds when there are any.
 fn stamp(us: i64) -> String {
     let time = jiff::Timestamp::from_microsecond(us).unwrap_or_default();
-    let text = time.strftime("%Y%m%d_%H%M%S").to_string();
-    match us.rem_euclid(1_000_000) {
-        0 => text,
-        fraction => format!("{text}_{fraction:06}"),
+    let mut text = time.strftime("%Y%m%d_%H%M%S").to_string();
+    let fraction = us.rem_euclid(1_000_000);
+    if fraction > 0 {
+        write!(text, "_{fraction:06}").unwrap_or_default();
     }
+    text
 }
 
 #[cfg(test)]
@@ -232,11 +255,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LAYOUT: Layout = Layout { width_us: 60, retention_us: 600, tolerance_us: 60 };
+    const LAYOUT: Layout =
+        Layout { table: Table::DeviceTelemetry, width_us: 60, retention_us: 600, tolerance_us: 60 };
 
     #[test]
-    fn names_are_readable() {
+    fn names_are_readable_and_free() {
         assert_eq!(stamp(1_770_091_500_000_000), "20260203_040500");
+        let mut taken = BTreeSet::new();
+        for expected in [
+            "dead_letters_20260203_040500",
+            "dead_letters_20260203_040500_b2",
+            "dead_letters_20260203_040500_b3",
+        ] {
+            let name = free_name(Table::DeadLetters, 1_770_091_500_000_000, &taken);
+            assert_eq!(name, expected);
+            taken.insert(name);
+        }
     }
 
     proptest! {

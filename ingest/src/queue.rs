@@ -93,13 +93,13 @@ pub struct Intake<M> {
 }
 
 /// Makes a queue that holds at most about this many messages and bytes: the last chunk a source reads may go over by
-/// its own size.
+/// its own size. `memory` is what the decoder remembers.
 #[must_use]
 #[allow(
     clippy::disallowed_methods,
     reason = "Level is the bound, in messages and in bytes; a channel counts only chunks"
 )]
-pub fn bounded<M: Default>(max_messages: usize, max_bytes: usize) -> (Sender, Receiver<M>) {
+pub fn bounded<M>(max_messages: usize, max_bytes: usize, memory: M) -> (Sender, Receiver<M>) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let level = Arc::new(Level {
         max_messages,
@@ -108,7 +108,7 @@ pub fn bounded<M: Default>(max_messages: usize, max_bytes: usize) -> (Sender, Re
         bytes: AtomicUsize::new(0),
         freed: Notify::new(),
     });
-    let intake = Intake { receiver, next_ticket: 0, memory: M::default() };
+    let intake = Intake { receiver, next_ticket: 0, memory };
     (Sender { sender, level: level.clone() }, Receiver { receiver: Arc::new(Mutex::new(intake)), level })
 }
 
@@ -156,12 +156,12 @@ mod tests {
     use tokio::time::Instant;
 
     fn delivery(bytes: usize) -> Delivery {
-        Delivery { topic: Bytes::new(), payload: vec![0; bytes].into(), ack: None, received: Instant::now() }
+        Delivery::new(Bytes::new(), vec![0; bytes].into(), None, Instant::now())
     }
 
     #[tokio::test]
     async fn is_full_by_messages_or_by_bytes_until_a_writer_frees_it() {
-        let (sender, receiver) = bounded::<()>(2, 10_000);
+        let (sender, receiver) = bounded(2, 10_000, ());
         sender.send(vec![delivery(1), delivery(1)]);
         assert!(!sender.has_room());
         receiver.level().free(1, delivery(1).size());

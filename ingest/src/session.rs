@@ -8,8 +8,10 @@
 //! many events lack (name, region, address) is the newest one given; logins and logouts are the newest times.
 
 mod batch;
+mod broken;
 mod decode;
 mod fields;
+mod probe;
 
 pub use batch::Batch;
 pub use decode::{Visitor, visit};

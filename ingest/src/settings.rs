@@ -1,11 +1,17 @@
 //! Sections `[database]` and `[ingest]`.
 
+mod lenient;
+mod timestamps;
+
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::secret::Secret;
+
+pub use lenient::LenientSettings;
+pub use timestamps::{NoZone, TimestampSettings};
 
 /// Where the rows go: the replicated Postgres.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -81,6 +87,18 @@ impl DatabaseSettings {
     }
 }
 
+/// What becomes of a reading whose device and timestamp are stored already with another content.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SameIdentity {
+    /// A dead letter of its own reason.
+    #[default]
+    Conflict,
+    /// Its metrics are joined into the stored row where they do not contradict it; otherwise a dead letter. For devices
+    /// that send each value by itself with a timestamp of whole seconds.
+    Merge,
+}
+
 /// How messages become rows.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -104,6 +122,15 @@ pub struct IngestSettings {
     /// Larger messages become dead letters.
     #[schemars(with = "String", extend("format" = "size"))]
     pub max_payload: ByteSize,
+    /// What becomes of a reading whose device and timestamp are stored already with another content: `conflict` makes it a
+    /// dead letter, `merge` joins metrics that do not contradict the stored ones into the row.
+    pub same_identity: SameIdentity,
+    /// Dead letters of one device in an hour that are stored of what is no reading; those above are acknowledged and counted.
+    pub dead_letters_per_device: u32,
+    /// The same in bytes; at least twice `max_payload`. Readings that are refused for their time or by the table may take as much besides,
+    /// in any number; so may the refused user events of one routing key.
+    #[schemars(with = "String", extend("format" = "size"))]
+    pub dead_letter_bytes_per_device: ByteSize,
     /// Older readings become dead letters, older partitions are dropped.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
@@ -117,6 +144,25 @@ pub struct IngestSettings {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub partition_width: Duration,
+    /// Most that this machine's clock and the primary's may be apart. Beyond it nobody knows which one is right: the process says
+    /// that it is not ready, nothing is dropped, and readings are accepted that either clock accepts.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
+    pub max_clock_offset: Duration,
+    /// Dead letters older than this are dropped, a day at a time.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
+    pub dead_letter_retention: Duration,
+    /// Most that `dead_letters` may take on disk, with its indexes. Above it the oldest day is dropped. When the current day alone takes
+    /// half of it, payloads are no longer stored (their length and SHA-256 are); at three quarters letters are only counted.
+    #[schemars(with = "String", extend("format" = "size"))]
+    pub dead_letter_max_bytes: ByteSize,
+    /// Load reports of web sites (`site_activity`) older than this are deleted. `mqtt-consumer` does it, as the owner of the tables.
+    #[serde(with = "humantime_serde")]
+    #[schemars(with = "String", extend("format" = "time"))]
+    pub site_activity_retention: Duration,
+    pub timestamps: TimestampSettings,
+    pub lenient: LenientSettings,
 }
 
 impl Default for IngestSettings {
@@ -129,9 +175,18 @@ impl Default for IngestSettings {
             queue_messages: 100_000,
             queue_bytes: ByteSize::mib(64),
             max_payload: ByteSize::kib(256),
+            same_identity: SameIdentity::Conflict,
+            dead_letters_per_device: 1_000,
+            dead_letter_bytes_per_device: ByteSize::mib(16),
             retention: Duration::from_secs(24 * 3600),
             future_tolerance: Duration::from_secs(300),
             partition_width: Duration::from_secs(60),
+            max_clock_offset: Duration::from_secs(10),
+            dead_letter_retention: Duration::from_secs(14 * 24 * 3600),
+            dead_letter_max_bytes: ByteSize::gib(1),
+            site_activity_retention: Duration::from_secs(90 * 24 * 3600),
+            timestamps: TimestampSettings::default(),
+            lenient: LenientSettings::default(),
         }
     }
 }
@@ -158,12 +213,39 @@ impl IngestSettings {
         if self.queue_bytes.as_u64() < self.max_payload.as_u64() {
             return Err("ingest.queue_bytes must be at least ingest.max_payload".into());
         }
+        if self.dead_letters_per_device == 0 {
+            return Err("ingest.dead_letters_per_device must be above 0".into());
+        }
+        if self.dead_letter_bytes_per_device.as_u64() < 2 * self.max_payload.as_u64() {
+            return Err(
+                "ingest.dead_letter_bytes_per_device must be at least twice ingest.max_payload".into()
+            );
+        }
         if width < 1_000_000 || !day.is_multiple_of(width) {
             return Err("ingest.partition_width must be at least 1s and divide a day".into());
         }
         if self.retention < self.partition_width {
             return Err("ingest.retention must be at least ingest.partition_width".into());
         }
+        if self.max_clock_offset.is_zero() || self.max_clock_offset >= self.future_tolerance {
+            return Err("ingest.max_clock_offset must be above 0 and below ingest.future_tolerance".into());
+        }
+        // A partition of dead letters holds a day.
+        if self.dead_letter_retention.as_micros() < day || self.site_activity_retention.as_micros() < day {
+            return Err(
+                "ingest.dead_letter_retention and ingest.site_activity_retention must be at least 1day"
+                    .into(),
+            );
+        }
+        // One look at the sizes and the next are 2 s apart: what may come in between must be small beside the limit.
+        if self.dead_letter_max_bytes.as_u64() < 16 << 20
+            || self.dead_letter_max_bytes.as_u64() < 16 * self.max_payload.as_u64()
+        {
+            return Err(
+                "ingest.dead_letter_max_bytes must be at least 16MiB and 16 times ingest.max_payload".into(),
+            );
+        }
+        self.timestamps.site_zones()?;
         Ok(())
     }
 }

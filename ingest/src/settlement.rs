@@ -28,6 +28,8 @@ pub struct Refused {
     pub reason: Reason,
     pub topic: Bytes,
     pub payload: Bytes,
+    /// Its letter is in `dead_letters`, with its payload. Not when there were too many, or no more room for them.
+    pub has_row: bool,
 }
 
 #[derive(Debug)]

@@ -1,16 +1,61 @@
-//! RFC 3339 timestamps to microseconds, in the one pass the hot path can afford.
+//! RFC 3339 timestamps to microseconds, in the one pass the hot path can afford; what else devices send in the files below.
 //!
 //! Any fraction length (digits beyond microseconds are cut off, so that a reading's identity is what the column can
-//! hold), `Z` or an offset; without either it is UTC, which real clients send. No allocation, no panic on any bytes.
+//! hold), `Z` or an offset, or neither. No allocation, no panic on any bytes.
+
+mod epoch;
+mod iso_8601;
+
+use jiff::tz::TimeZone;
+
+pub use epoch::parse as parse_epoch;
+pub use iso_8601::parse as parse_iso_8601;
 
 const MICROS_PER_SECOND: i64 = 1_000_000;
 
 /// Microseconds between 1970-01-01 and 2000-01-01, the epoch of Postgres' binary timestamps.
 pub const POSTGRES_EPOCH_US: i64 = 946_684_800 * MICROS_PER_SECOND;
 
-/// Parses a timestamp into microseconds since 1970-01-01T00:00:00Z. `None` when it is not RFC 3339.
+/// A time as its text says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parsed {
+    /// Microseconds since 1970; as if it were UTC when there is no zone.
+    us: i64,
+    /// `Z` or an offset was given.
+    pub has_zone: bool,
+    /// The seconds were 60. `us` is in the minute after.
+    leap: bool,
+}
+
+impl Parsed {
+    /// Microseconds since 1970, UTC when there is no zone. `None` for second 60 where there cannot be one: leap seconds are
+    /// at the end of June and December.
+    #[must_use]
+    pub fn utc(self) -> Option<i64> {
+        (!self.leap || ends_leap_second(self.us)).then_some(self.us)
+    }
+
+    /// As local time in a zone, when there is no other. `None` when the zone's clocks skip that time or show it twice.
+    #[must_use]
+    pub fn in_zone(self, zone: &TimeZone) -> Option<i64> {
+        if self.has_zone {
+            return self.utc();
+        }
+        let civil = jiff::Timestamp::from_microsecond(self.us).ok()?.to_zoned(TimeZone::UTC).datetime();
+        let us = zone.to_ambiguous_timestamp(civil).unambiguous().ok()?.as_microsecond();
+        Self { us, has_zone: true, ..self }.utc()
+    }
+}
+
+/// Parses an RFC 3339 timestamp into microseconds since 1970-01-01T00:00:00Z; UTC when it has no zone.
 #[must_use]
 pub fn parse(text: &[u8]) -> Option<i64> {
+    parse_rfc_3339(text)?.utc()
+}
+
+/// Parses an RFC 3339 timestamp, with or without a zone.
+#[must_use]
+pub fn parse_rfc_3339(text: &[u8]) -> Option<Parsed> {
     let (date, rest) = text.split_first_chunk::<10>()?;
     let &[y1, y2, y3, y4, b'-', m1, m2, b'-', d1, d2] = date else { return None };
     let year = i64::from(two(y1, y2)?) * 100 + i64::from(two(y3, y4)?);
@@ -19,24 +64,38 @@ pub fn parse(text: &[u8]) -> Option<i64> {
     let (time, rest) = rest.split_first_chunk::<9>()?;
     let &[b'T' | b't' | b' ', h1, h2, b':', i1, i2, b':', s1, s2] = time else { return None };
     let (hour, minute, second) = (two(h1, h2)?, two(i1, i2)?, two(s1, s2)?);
-    // 60 is a leap second, which Postgres too counts as the first second of the next minute.
-    if !(1..=12).contains(&month)
-        || day < 1
-        || day > days_in(year, month)
-        || hour > 23
-        || minute > 59
-        || second > 60
-    {
+    if hour > 23 {
         return None;
     }
-    let (fraction, rest) = fraction(rest)?;
-    let offset = offset_seconds(rest)?;
+    let (fraction, rest) = fraction(rest, b".")?;
+    parsed((year, month, day), (hour, minute, second), fraction, offset_seconds(rest)?)
+}
+
+/// Puts the parts together; `hour` may be 24. `offset` in seconds.
+fn parsed(
+    (year, month, day): (i64, u32, u32),
+    (hour, minute, second): (u32, u32, u32),
+    fraction_us: i64,
+    offset: Option<i64>,
+) -> Option<Parsed> {
+    // 60 is a leap second, which Postgres too counts as the first second of the next minute.
+    if !(1..=12).contains(&month) || day < 1 || day > days_in(year, month) || minute > 59 || second > 60 {
+        return None;
+    }
     let seconds = days_from_civil(year, month, day) * 86_400
         + i64::from(hour) * 3600
         + i64::from(minute) * 60
         + i64::from(second)
-        - offset;
-    Some(seconds * MICROS_PER_SECOND + fraction)
+        - offset.unwrap_or(0);
+    let us = seconds * MICROS_PER_SECOND + fraction_us;
+    Some(Parsed { us, has_zone: offset.is_some(), leap: second == 60 })
+}
+
+/// Whether a leap second can have ended in this second: at midnight UTC before a first of January or July.
+fn ends_leap_second(us: i64) -> bool {
+    let Ok(time) = jiff::Timestamp::from_microsecond(us) else { return false };
+    let time = time.to_zoned(TimeZone::UTC);
+    (time.hour(), time.minute(), time.second(), time.day()) == (0, 0, 0, 1) && matches!(time.month(), 1 | 7)
 }
 
 fn digit(byte: u8) -> Option<u32> {
@@ -47,8 +106,11 @@ fn two(tens: u8, ones: u8) -> Option<u32> {
     Some(digit(tens)? * 10 + digit(ones)?)
 }
 
-fn fraction(rest: &[u8]) -> Option<(i64, &[u8])> {
-    let Some((b'.', digits)) = rest.split_first() else { return Some((0, rest)) };
+/// A fraction of a second after one of `points`, in microseconds, and what follows.
+fn fraction<'a>(rest: &'a [u8], points: &[u8]) -> Option<(i64, &'a [u8])> {
+    let Some((_, digits)) = rest.split_first().filter(|(first, _)| points.contains(first)) else {
+        return Some((0, rest));
+    };
     let length = digits.iter().take_while(|byte| byte.is_ascii_digit()).count();
     if length == 0 {
         return None;
@@ -62,19 +124,22 @@ fn fraction(rest: &[u8]) -> Option<(i64, &[u8])> {
     Some((micros, rest))
 }
 
-fn offset_seconds(rest: &[u8]) -> Option<i64> {
+/// `Some(None)`: no offset.
+fn offset_seconds(rest: &[u8]) -> Option<Option<i64>> {
     match rest {
-        [] | [b'Z' | b'z'] => Some(0),
-        &[sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => {
-            let (hours, minutes) = (two(h1, h2)?, two(m1, m2)?);
-            if hours > 23 || minutes > 59 {
-                return None;
-            }
-            let seconds = i64::from(hours * 3600 + minutes * 60);
-            Some(if sign == b'-' { -seconds } else { seconds })
-        }
+        [] => Some(None),
+        [b'Z' | b'z'] => Some(Some(0)),
+        &[sign @ (b'+' | b'-'), h1, h2, b':', m1, m2] => offset(sign, two(h1, h2)?, two(m1, m2)?).map(Some),
         _ => None,
     }
+}
+
+fn offset(sign: u8, hours: u32, minutes: u32) -> Option<i64> {
+    if hours > 23 || minutes > 59 {
+        return None;
+    }
+    let seconds = i64::from(hours * 3600 + minutes * 60);
+    Some(if sign == b'-' { -seconds } else { seconds })
 }
 
 fn days_in(year: i64, month: u32) -> u32 {
@@ -122,6 +187,41 @@ mod tests {
         check("2000-01-01T00:00:00Z", Some(POSTGRES_EPOCH_US));
         check("2024-02-29T00:00:00Z", Some(1_709_164_800_000_000));
         check("2016-12-31T23:59:60Z", Some(1_483_228_800_000_000));
+        check("2015-06-30T23:59:60.25Z", Some(1_435_708_800_250_000));
+        check("2017-01-01T05:29:60+05:30", Some(1_483_228_800_000_000));
+    }
+
+    #[test]
+    fn second_60_is_taken_only_where_a_leap_second_can_be() {
+        for text in [
+            "2026-02-03T04:05:60Z",
+            "2016-12-31T23:58:60Z",
+            "2016-12-30T23:59:60Z",
+            "2016-12-31T23:59:60+01:00",
+            "2016-03-31T23:59:60Z",
+            "2026-02-03T04:05:60",
+        ] {
+            check(text, None);
+        }
+    }
+
+    #[test]
+    fn a_time_without_a_zone_is_local_in_a_zone_that_is_given() {
+        let denver = TimeZone::get("America/Denver").unwrap();
+        for (text, expected) in [
+            ("2026-02-03T04:05:06", Some("2026-02-03T11:05:06Z")),
+            ("2026-07-03T04:05:06.5", Some("2026-07-03T10:05:06.5Z")),
+            ("2026-02-03T04:05:06Z", Some("2026-02-03T04:05:06Z")),
+            ("2026-02-03T04:05:06+01:00", Some("2026-02-03T03:05:06Z")),
+            // The clocks go forward and back.
+            ("2026-03-08T02:30:00", None),
+            ("2026-11-01T01:30:00", None),
+            ("2016-12-31T16:59:60", Some("2017-01-01T00:00:00Z")),
+            ("2016-12-31T23:59:60", None),
+        ] {
+            let expected = expected.map(|utc| parse(utc.as_bytes()).unwrap());
+            assert_eq!(parse_rfc_3339(text.as_bytes()).unwrap().in_zone(&denver), expected, "{text}");
+        }
     }
 
     #[test]

@@ -1,27 +1,35 @@
 //! A writer: takes messages from the queue, makes a batch, commits it, reports it. Tries for as long as it takes.
 //!
-//! It never loses a batch and never reports one that is not committed. It ends when the queue is closed and empty.
+//! It never loses a batch and never reports one that is not committed. It ends when the queue is closed and empty. A message
+//! that keeps a batch from being stored is found, so that it does not hold up its neighbours (`split`).
+
+mod blame;
+mod commit;
+mod held;
+mod split;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use service::backoff::Backoff;
 use service::traces::Tracer;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, timeout_at};
 
-use crate::batch::{Batch, Committed, Path};
+use crate::audit::Audit;
+use crate::batch::{Batch, Committed};
+use crate::clock::Clock;
 use crate::database::Database;
-use crate::failure::WriteError;
+use crate::letter_log::LetterLog;
 use crate::metrics::Metrics;
-use crate::partitions::{self, Layout};
+use crate::partitions::Span;
 use crate::queue::Receiver;
-use crate::reading::Rules;
+use crate::reading::{Rules, Tolerance};
 use crate::settings::IngestSettings;
-use crate::settlement::Settlements;
+use crate::settlement::{Settled, Settlements};
 use crate::trace::{Story, Tries};
 
-const FIRST_WAIT: Duration = Duration::from_millis(20);
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+/// So many times in a row the database fails on a batch before it is asked whether it takes anything else. A failover fails
+/// fewer, and has no database to ask.
+const TRIES_BEFORE_BLAME: usize = 5;
 
 /// What closed a batch; the metric's label.
 #[derive(Debug, Clone, Copy)]
@@ -53,6 +61,26 @@ pub(crate) struct Filled {
     pub(crate) begun: Instant,
 }
 
+/// What became of a batch.
+#[derive(Debug, Default)]
+struct Stored {
+    committed: Committed,
+    dead_letters: usize,
+    settled: Vec<Settled>,
+}
+
+impl Stored {
+    fn add(&mut self, other: Self) {
+        self.committed.rows += other.committed.rows;
+        self.committed.duplicates += other.committed.duplicates;
+        self.committed.joined += other.committed.joined;
+        self.committed.copied += other.committed.copied;
+        self.committed.committed += other.committed.committed;
+        self.dead_letters += other.dead_letters;
+        self.settled.extend(other.settled);
+    }
+}
+
 /// One of several; each has one connection at a time. `B` is what it commits.
 #[derive(Debug)]
 pub struct Writer<B: Batch> {
@@ -62,24 +90,28 @@ pub struct Writer<B: Batch> {
     pub queue: Receiver<B::Memory>,
     pub settlements: Arc<Settlements>,
     pub database: Database,
+    pub clock: Clock,
     pub metrics: Metrics,
     pub tracer: Tracer,
+    pub letter_log: LetterLog,
+    pub audit: Audit,
 }
 
 impl<B: Batch> Writer<B> {
     /// Runs until the queue is closed and empty.
     pub async fn run(self) {
-        let mut batch = B::new(self.source, self.rules(now_us()));
-        while let Some(filled) = self.fill(&mut batch).await {
+        let tolerance = Arc::new(Tolerance::new(&self.settings));
+        let mut batch = B::new(self.source, rules(&self.settings, self.clock.window(), &tolerance));
+        while let Some(filled) = self.fill(&mut batch, &tolerance).await {
             self.metrics.batches.with_label_values(&[filled.closed_by.as_str()]).inc();
             self.metrics.batch_rows.observe(batch.parts() as f64);
             batch.seal();
             let sealed = Instant::now();
-            let (committed, tries) = self.commit(&mut batch).await;
-            let done = Instant::now();
-            let dead_letters = self.count(&batch, &committed);
             let (messages, bytes) = batch.deliveries().room();
-            self.settlements.report(filled.ticket, batch.deliveries_mut().settle());
+            let mut tries = Tries::new();
+            let Stored { committed, dead_letters, settled } = self.store(&mut batch, &mut tries).await;
+            let done = Instant::now();
+            self.settlements.report(filled.ticket, settled);
             self.queue.level().free(messages, bytes);
             if self.tracer.is_on() {
                 let (source, filled, committed) = (self.source, &filled, &committed);
@@ -92,14 +124,8 @@ impl<B: Batch> Writer<B> {
         self.settlements.leave();
     }
 
-    fn rules(&self, now_us: i64) -> Rules {
-        let (oldest_us, newest_us) = Layout::new(&self.settings).window(now_us);
-        let max_payload_bytes = usize::try_from(self.settings.max_payload.as_u64()).unwrap_or(usize::MAX);
-        Rules { oldest_us, newest_us, max_payload_bytes }
-    }
-
     /// Fills an empty batch. `None` when the queue is closed and empty.
-    async fn fill(&self, batch: &mut B) -> Option<Filled> {
+    async fn fill(&self, batch: &mut B, tolerance: &Arc<Tolerance>) -> Option<Filled> {
         let max_bytes = usize::try_from(self.settings.max_bytes.as_u64()).unwrap_or(usize::MAX);
         let mut intake = self.queue.intake().await;
         let mut chunk = intake.receiver.recv().await?;
@@ -113,8 +139,8 @@ impl<B: Batch> Writer<B> {
         let closed_by = loop {
             let started = Instant::now();
             self.metrics.messages.inc_by(chunk.len() as u64);
-            let now_us = now_us();
-            batch.set_rules(self.rules(now_us));
+            let now_us = self.clock.now_us();
+            batch.set_rules(rules(&self.settings, self.clock.window(), tolerance));
             let before = batch.parts();
             for delivery in chunk {
                 batch.push(delivery, now_us, &mut intake.memory);
@@ -145,90 +171,19 @@ impl<B: Batch> Writer<B> {
         Some(Filled { ticket, closed_by, oldest, begun })
     }
 
-    /// Commits, however long it takes.
-    async fn commit(&self, batch: &mut B) -> (Committed, Tries) {
-        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
-        let mut tries = Tries::new();
-        let mut failing_since = None;
-        loop {
-            let started = Instant::now();
-            tries.count += 1;
-            let error = match self.attempt(batch, tries.path).await {
-                Ok(committed) => {
-                    if let Some(since) = failing_since {
-                        let since: Instant = since;
-                        tracing::info!(after = ?since.elapsed(), rows = batch.parts(), "batch committed at last");
-                    }
-                    return (committed, tries);
-                }
-                Err(error) => error,
-            };
-            if self.tracer.is_on() {
-                tries.note(started, || error.to_string());
-            }
-            match error {
-                WriteError::Duplicate if tries.path != Path::Merge => {
-                    self.metrics.merges.inc();
-                    tries.path = Path::Merge;
-                    continue;
-                }
-                WriteError::Data { message, .. } if tries.path == Path::Fast => {
-                    tracing::warn!(error = message, "the database refuses a row; isolating it");
-                    self.metrics.isolations.inc();
-                    tries.path = Path::Isolate;
-                    continue;
-                }
-                WriteError::MissingPartition => match self.make_partitions(batch).await {
-                    Ok(made) if made > 0 => continue,
-                    Ok(_) => tracing::error!("no partition takes a reading although all are there"),
-                    Err(error) => tracing::warn!(%error, "cannot make a partition now"),
-                },
-                // A duplicate on the merge path is none of the readings: they are merged.
-                WriteError::Unknown(_) | WriteError::Data { .. } | WriteError::Duplicate => {
-                    self.metrics.unknown_errors.inc();
-                    tracing::error!(%error, rows = batch.parts(), "an error nobody has classified; trying again");
-                }
-                error => {
-                    if failing_since.is_none() {
-                        tracing::warn!(%error, rows = batch.parts(), "not committed; trying until it is");
-                    }
-                }
-            }
-            failing_since.get_or_insert_with(Instant::now);
-            self.metrics.retries.inc();
-            tokio::time::sleep(backoff.next(rand::random())).await;
+    /// Stores all there is in a batch, however long it takes. Takes the messages out.
+    async fn store(&self, batch: &mut B, tries: &mut Tries) -> Stored {
+        match self.commit(batch, tries, TRIES_BEFORE_BLAME).await {
+            Ok(committed) => self.committed(batch, committed),
+            Err(poisoned) => self.split(batch, &poisoned).await,
         }
     }
 
-    async fn attempt(&self, batch: &mut B, path: Path) -> Result<Committed, WriteError> {
-        let mut client = self.database.client().await?;
-        let outcome = batch.commit(&mut client, path, self.database.commit_timeout()).await;
-        match &outcome {
-            Ok(_) => self.database.works(),
-            Err(error @ (WriteError::Retry(_) | WriteError::Unknown(_))) => {
-                self.database.discard(client, &error.to_string());
-            }
-            Err(_) => {}
-        }
-        outcome
-    }
-
-    async fn make_partitions(&self, batch: &B) -> Result<usize, WriteError> {
-        let layout = Layout::new(&self.settings);
-        let needed = layout.cells(batch.timestamps());
-        let mut client = self.database.client().await?;
-        let making = partitions::ensure(&mut client, &layout, &needed);
-        match timeout(self.database.commit_timeout(), making).await {
-            Ok(Ok(made)) => Ok(made),
-            Ok(Err(error)) => {
-                self.database.discard(client, "partitions not made");
-                Err(error)
-            }
-            Err(_) => {
-                self.database.discard(client, "no answer while partitions were made");
-                Err(WriteError::Retry("no answer while partitions were made".into()))
-            }
-        }
+    /// Accounts for a committed batch.
+    fn committed(&self, batch: &mut B, committed: Committed) -> Stored {
+        let dead_letters = self.count(batch, &committed);
+        self.audit.note(batch.sample(rand::random()));
+        Stored { committed, dead_letters, settled: batch.deliveries_mut().settle() }
     }
 
     /// Returns how many parts of it ended as dead letters.
@@ -236,17 +191,26 @@ impl<B: Batch> Writer<B> {
         let metrics = &self.metrics;
         metrics.rows_committed.inc_by(committed.rows as u64);
         metrics.duplicates.inc_by(committed.duplicates as u64);
+        metrics.joined.inc_by(committed.joined as u64);
+        metrics.letters_suppressed.inc_by(batch.deliveries().suppressed() as u64);
+        self.letter_log.note(batch.deliveries().letters());
         metrics.readings.add(batch.census());
+        for (what, count) in batch.tolerated().iter() {
+            metrics.tolerated.with_label_values(&[what.as_str()]).inc_by(count.into());
+        }
         let mut refused = 0;
         for reason in batch.deliveries().reasons() {
             metrics.dead_letters.with_label_values(&[reason.as_str()]).inc();
             refused += 1;
         }
-        let settled = committed.rows + committed.duplicates + refused;
+        let settled = committed.rows + committed.duplicates + committed.joined + refused;
         metrics.rows_in_flight.sub(i64::try_from(settled).unwrap_or(i64::MAX));
         metrics.stage.with_label_values(&["copy"]).observe(committed.copied.as_secs_f64());
         metrics.stage.with_label_values(&["commit"]).observe(committed.committed.as_secs_f64());
-        let now = now_us();
+        if self.clock.in_doubt() {
+            self.clock.heard(batch.timestamps());
+        }
+        let now = self.clock.now_us();
         let end_to_end = metrics.end_to_end.local();
         for timestamp in batch.timestamps() {
             end_to_end.observe((now - timestamp) as f64 / 1e6);
@@ -256,7 +220,10 @@ impl<B: Batch> Writer<B> {
     }
 }
 
-/// The wall clock, microseconds since 1970: readings carry wall-clock times.
-fn now_us() -> i64 {
-    jiff::Timestamp::now().as_microsecond()
+/// What readings must agree with. `window` is the oldest and newest time that is accepted now.
+pub(crate) fn rules(settings: &IngestSettings, window: Span, tolerance: &Arc<Tolerance>) -> Rules {
+    let (oldest_us, newest_us) = window;
+    let max_payload_bytes = usize::try_from(settings.max_payload.as_u64()).unwrap_or(usize::MAX);
+    let same_identity = settings.same_identity;
+    Rules { oldest_us, newest_us, max_payload_bytes, same_identity, tolerance: Arc::clone(tolerance) }
 }

@@ -12,6 +12,7 @@ use crate::bench::growth::GrowthArgs;
 use crate::bench::sessions::BenchSessionsArgs;
 use crate::bench::{self, BenchArgs};
 use crate::commands::failover::FailoverArgs;
+use crate::commands::person::{AdoptArgs, DiscardArgs};
 use crate::drill::{self, Drill};
 use crate::home::Home;
 use crate::{commands, docs, up};
@@ -59,6 +60,25 @@ Examples:
   tier0 failover region2 --json | jq .write_gap_ms"
     )]
     Failover(FailoverArgs),
+    /// Take the world as it is for the truth: this region is the primary
+    #[command(
+        after_help = "For when the orchestrator says that its state is older than the facts: its directory was lost or restored, somebody has
+promoted a region by hand, or a second orchestrator is to take over. Destroys nothing: what may hold readings that the region lacks is kept.
+Exit status: 0 done (or possible, with --dry-run), 1 refused or failed.
+Examples:
+  tier0 adopt region2 --dry-run
+  tier0 adopt region2 --reason promoted-by-hand"
+    )]
+    Adopt(AdoptArgs),
+    /// Give up the data of a region that is kept
+    #[command(
+        after_help = "Take out what is missing first: docs/runbooks/kept-source.md tells how. Its data is then rewritten from the primary.
+Exit status: 0 done (or possible, with --dry-run), 1 refused or failed.
+Examples:
+  tier0 discard region1 --dry-run
+  tier0 discard region1 --reason readings-taken-out"
+    )]
+    Discard(DiscardArgs),
     /// End a running `up` in order and wait for it
     Down {
         /// Kill at once instead of draining
@@ -154,7 +174,7 @@ pub struct UpArgs {
     /// Seed of everything that looks random
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Leave a process out; may be repeated
+    /// Leave a process out, and what cannot work without it (rabbitmq: rabbitmq-consumer, user-simulator); may be repeated
     #[arg(long, value_name = "NAME")]
     pub without: Vec<Part>,
     /// Write the final summary as JSON
@@ -203,6 +223,8 @@ pub fn run(cli: Cli) -> ExitCode {
             Command::Up(args) => up::run(&home, args).await,
             Command::Status => commands::status(&home).await,
             Command::Failover(args) => commands::failover::failover(&home, &args).await,
+            Command::Adopt(args) => commands::person::adopt(&home, &args).await,
+            Command::Discard(args) => commands::person::discard(&home, &args).await,
             Command::Down { now } => commands::down(&home, now).await,
             Command::Logs { name, follow } => commands::logs(&home, name.as_deref(), follow).await,
             Command::Bench(args) => bench::run(args).await.map(|()| ExitCode::SUCCESS),

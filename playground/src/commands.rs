@@ -1,6 +1,7 @@
 //! `tier0 status`, `down`, `logs`, `psql`, `verify`: what is done to a run from another terminal, or after it.
 
 pub mod failover;
+pub mod person;
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -10,6 +10,7 @@
 
 pub mod account;
 pub mod bench;
+pub mod cgroup;
 pub mod child;
 pub mod cli;
 pub mod cluster;
@@ -17,12 +18,14 @@ pub mod collector;
 pub mod commands;
 pub mod docs;
 pub mod drill;
+pub mod faketime;
 pub mod home;
 pub mod http;
 pub mod link;
 pub mod metrics;
 pub mod monitoring;
 pub mod mosquitto;
+pub mod pgbouncer;
 pub mod port;
 pub mod postgres;
 pub mod procfs;

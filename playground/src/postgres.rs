@@ -49,6 +49,7 @@ pub struct Postgres {
     child: Option<Child>,
     /// Shared memory of a postmaster that was killed. Its next start on the same data frees it; without one, we do.
     orphaned: BTreeSet<PathBuf>,
+    environment: Vec<(String, String)>,
 }
 
 impl Postgres {
@@ -66,6 +67,7 @@ impl Postgres {
             passwords,
             child: None,
             orphaned: BTreeSet::new(),
+            environment: Vec::new(),
         })
     }
 
@@ -176,6 +178,12 @@ impl Postgres {
         )
     }
 
+    /// Environment variables of the server from its next start on, for instance those of a
+    /// [`FakeClock`](crate::faketime::FakeClock).
+    pub fn set_environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
     /// Starts the server and waits until it answers a query.
     ///
     /// # Errors
@@ -185,9 +193,17 @@ impl Postgres {
             return Ok(());
         }
         self.clear_dead_postmaster().await?;
-        let start = Start::new(&self.name, shipped::postgres_bin()?.join("postgres"), &self.log)
-            .args([std::ffi::OsStr::new("-D"), self.data.as_os_str()])
-            .account(self.account.clone());
+        let program = shipped::postgres_bin()?.join("postgres");
+        let start = if self.environment.is_empty() {
+            Start::new(&self.name, program, &self.log)
+        } else {
+            // Set by env(1), which runs as the server's own account already: what the variables load must not run as ours.
+            Start::new(&self.name, "/usr/bin/env", &self.log)
+                .args(self.environment.iter().map(|(name, value)| format!("{name}={value}")))
+                .args([program])
+        };
+        let start =
+            start.args([std::ffi::OsStr::new("-D"), self.data.as_os_str()]).account(self.account.clone());
         let child = self.child.insert(start.spawn().await?);
         let config = config(self.port.number(), &self.passwords, Role::Admin, "postgres");
         child

@@ -91,15 +91,21 @@ impl Redis {
     pub async fn master(&self) -> anyhow::Result<u16> {
         let mut failure = anyhow::anyhow!("no Sentinel");
         for sentinel in &self.sentinels {
-            match ask(sentinel.port(), &format!("SENTINEL GET-MASTER-ADDR-BY-NAME {MASTER}")).await {
-                Ok(answer) => {
-                    let port = answer.lines().filter_map(|line| line.trim().parse().ok()).next_back();
-                    return port.with_context(|| format!("no port in {answer:?}"));
-                }
+            match sentinel.named_master().await {
+                Ok(port) => return Ok(port),
                 Err(error) => failure = error,
             }
         }
         Err(failure)
+    }
+
+    /// How many Sentinels say that the master is on this port.
+    pub async fn agreeing(&self, port: u16) -> usize {
+        let mut agree = 0;
+        for sentinel in &self.sentinels {
+            agree += usize::from(sentinel.named_master().await.is_ok_and(|named| named == port));
+        }
+        agree
     }
 
     /// Waits until there is one master, of which the other is a replica, and the Sentinels say so too.
@@ -334,6 +340,21 @@ impl Server {
     #[must_use]
     pub fn log(&self) -> &Path {
         &self.log
+    }
+
+    /// The port of the master, by this Sentinel.
+    async fn named_master(&self) -> anyhow::Result<u16> {
+        let answer = self.command(&format!("SENTINEL GET-MASTER-ADDR-BY-NAME {MASTER}")).await?;
+        let port = answer.lines().filter_map(|line| line.trim().parse().ok()).next_back();
+        port.with_context(|| format!("no port in {answer:?}"))
+    }
+
+    /// The raw answer to a command in Redis' inline form: a test's hand on one server.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn command(&self, command: &str) -> anyhow::Result<String> {
+        ask(self.port(), command).await
     }
 
     /// `master` or `slave`, by the server itself.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use failover::orchestrator::report::{HistoryReport, NodeReport, Status};
+use failover::orchestrator::report::{self, HistoryReport, NodeReport, Status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -275,7 +275,7 @@ impl Regions {
 /// `lately`: what was heard before somebody was killed says nothing of what is now.
 #[must_use]
 pub fn is_whole(status: &Status, others: usize, lately: Duration) -> bool {
-    let standbys = status.nodes.iter().filter(|node| node.role == "standby" && node.streaming);
+    let standbys = status.nodes.iter().filter(|node| node.role == report::Role::Standby && node.streaming);
     let heard =
         |node: &NodeReport| node.agent_last_seen_ms.is_some_and(|ago| Duration::from_millis(ago) < lately);
     status.sync_set.len() == others
@@ -355,7 +355,8 @@ mod tests {
                    "sync_state": "none", "streaming": streaming, "agent_last_seen_ms": ago, "postgres_last_seen_ms": ago})
         };
         serde_json::from_value(json!({
-            "current_region": "region1", "primary_condition": "alive", "epoch": 1, "mode": "auto", "copies": "available",
+            "current_region": "region1", "primary_condition": "alive", "epoch": 1, "orchestrator": "o", "doubts": [], "writers_see": "region1",
+            "mode": "auto", "copies": "available",
             "sync_set": ["region2"], "wait_for": ["region2"],
             "nodes": [node("region1", "primary", false), node("region2", "standby", streaming)],
             "redis": {"configured": false, "master": null, "region": null, "error": null}, "deployment_version": "1",

@@ -36,7 +36,8 @@ impl LogSettings {
     }
 
     fn parse_filter(&self) -> Result<EnvFilter, ParseError> {
-        EnvFilter::builder().parse(&self.filter)
+        // lapin logs as an error what it also returns as one, which is said where it is handled. Later words win.
+        EnvFilter::builder().parse(format!("lapin=off,{}", self.filter))
     }
 }
 

@@ -47,9 +47,9 @@ pub struct RabbitSettings<P: Default> {
     pub password: P,
     /// Where user activity waits; `webapp_active_users` is a second well-known name. Dead letters go to `QUEUE.dead-letter`.
     pub queue: String,
-    /// Kind of the queue and of the one for its dead letters; must be what an existing queue is.
+    /// Kind of the queue, and of the one for its dead letters, when they are made; those that are there are used as they are.
     pub queue_type: QueueType,
-    /// Create what is missing. `false`: use the queue that is there, whatever its arguments.
+    /// Create what is missing. `false`: wait for the queue until somebody else has made it.
     pub declare: bool,
     /// A side that is silent for twice this is given up.
     #[serde(with = "humantime_serde")]

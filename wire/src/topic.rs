@@ -8,6 +8,10 @@ pub const FILTER: &str = "og/field/#";
 /// The two levels every telemetry topic starts with.
 pub const PREFIX: &str = "og/field/";
 
+/// Longest topic that is taken apart, in bytes. Each of its three levels is stored with every reading and is at most 256
+/// bytes; a longer topic would only make dead letters large.
+pub const MAX_BYTES: usize = 800;
+
 /// A telemetry topic taken apart. Borrowed from the packet it came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topic<'a> {
@@ -19,6 +23,8 @@ pub struct Topic<'a> {
 /// Why a topic is not one of ours. The text goes into the dead letter's `error` column.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TopicError {
+    #[error("topic has {0} bytes, the limit is {MAX_BYTES}")]
+    TooLong(usize),
     #[error("topic is not UTF-8")]
     NotUtf8,
     #[error("topic does not start with og/field/")]
@@ -33,8 +39,11 @@ impl<'a> Topic<'a> {
     /// Takes a topic apart without copying.
     ///
     /// # Errors
-    /// [`TopicError`] when the bytes are not `og/field/` and three non-empty levels.
+    /// [`TopicError`] when the bytes are not `og/field/` and three non-empty levels, or are more than [`MAX_BYTES`].
     pub fn parse(bytes: &'a [u8]) -> Result<Self, TopicError> {
+        if bytes.len() > MAX_BYTES {
+            return Err(TopicError::TooLong(bytes.len()));
+        }
         let text = std::str::from_utf8(bytes).map_err(|_| TopicError::NotUtf8)?;
         let rest = text.strip_prefix(PREFIX).ok_or(TopicError::Prefix)?;
         let (site_id, rest) = rest.split_once('/').ok_or(TopicError::Levels)?;
@@ -90,5 +99,14 @@ mod tests {
         ] {
             assert_eq!(Topic::parse(bytes), Err(error), "{:?}", String::from_utf8_lossy(bytes));
         }
+    }
+
+    #[test]
+    fn a_topic_has_a_longest_length() {
+        let longest =
+            format!("{PREFIX}TX/turbine/{}", "d".repeat(MAX_BYTES - PREFIX.len() - "TX/turbine/".len()));
+        assert!(Topic::parse(longest.as_bytes()).is_ok());
+        let longer = format!("{longest}d");
+        assert_eq!(Topic::parse(longer.as_bytes()), Err(TopicError::TooLong(MAX_BYTES + 1)));
     }
 }

@@ -5,10 +5,12 @@ use std::process::ExitCode;
 use clap::Parser;
 use consumers::pipeline::Pipeline;
 use consumers::rabbitmq::metrics::SourceMetrics;
+use consumers::rabbitmq::returns::Returns;
 use consumers::rabbitmq::settings::RabbitConsumerSettings;
 use consumers::rabbitmq::source::Source;
 use ingest::session;
 use service::health::Health;
+use service::logs::LogSettings;
 use service::metrics::Registry;
 use service::process::Process;
 use service::settings::SettingsArgs;
@@ -27,16 +29,36 @@ use service::{http, process};
   rabbitmq-consumer --print-config
 
 SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
-Exit status: 0 drained, 1 failed (also when the queue is there with other arguments), 78 bad settings."
+A queue that is there is used as it is; what is missing is made, unless rabbitmq.declare=false.
+Exit status: 0 drained, 1 failed (also when the queue is a stream), 78 bad settings."
 )]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,
+    /// Instead of consuming: removes the copies of refused messages from the dead-letter queue, and nothing else. Each has its
+    /// row in the table dead_letters. Events that the broker itself has moved there are put back into their queue.
+    #[arg(long)]
+    discard_refused: bool,
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    process::main(&args.settings, |settings: &RabbitConsumerSettings| &settings.log, run)
+    if args.discard_refused {
+        return process::main(&args.settings, log, discard_refused);
+    }
+    process::main(&args.settings, log, run)
+}
+
+fn log(settings: &RabbitConsumerSettings) -> &LogSettings {
+    &settings.log
+}
+
+async fn discard_refused(settings: RabbitConsumerSettings) -> anyhow::Result<()> {
+    let metrics = SourceMetrics::new(&http::registry()?)?;
+    let returns = Returns::new(settings.rabbitmq, metrics);
+    let (removed, others) = returns.discard_refused(&Process::default().shutdown()).await?;
+    tracing::info!(removed, others, "refused messages removed from the dead-letter queue");
+    Ok(())
 }
 
 async fn run(settings: RabbitConsumerSettings) -> anyhow::Result<()> {
@@ -66,13 +88,15 @@ fn start_pipeline(
         tracer: &tracer,
     };
     let intake = pipeline.start::<session::Batch>(registry, health, process)?;
+    let source_metrics = SourceMetrics::new(registry)?;
+    let returns = Returns::new(settings.rabbitmq.clone(), source_metrics.clone());
     let source = Source {
         broker: settings.rabbitmq.clone(),
         settings: settings.rabbitmq_consumer.clone(),
         settlements: intake.settlements,
         health: health.dependency("broker"),
         metrics: intake.metrics,
-        source_metrics: SourceMetrics::new(registry)?,
+        source_metrics,
     };
     let shutdown = process.shutdown();
     process.start("source", async move {
@@ -81,6 +105,11 @@ fn start_pipeline(
             () = intake.prepared.cancelled() => source.run(intake.queue, shutdown).await,
             () = shutdown.cancelled() => Ok(()),
         }
+    });
+    let shutdown = process.shutdown();
+    process.start("returns", async move {
+        returns.run(shutdown).await;
+        Ok(())
     });
     Ok(())
 }

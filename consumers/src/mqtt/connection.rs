@@ -1,8 +1,9 @@
-//! One connection to the broker: rumqttc's MQTT 5 packets over a socket of our own.
+//! One connection to the broker: MQTT 5 over a socket of our own.
 //!
 //! rumqttc's own event loop writes and flushes every acknowledgement alone, one system call each, and awaits the
 //! socket while it writes. Here all acknowledgements that are due leave in one write, and nothing ever waits for
-//! anything but the socket. docs/decisions/0001 has the figures.
+//! anything but the socket. docs/decisions/0001 has the figures. What comes in is read by [`super::packet`]; rumqttc writes
+//! the rare packets that go out.
 //!
 //! The broker writes every message alone, and a process that waits for the socket is woken for each. So after a small
 //! read the connection looks away for [`REST`] and then takes what has come together: one wake for many messages.
@@ -13,18 +14,23 @@ use std::net::Shutdown;
 use std::time::Duration;
 
 use bytes::{Buf as _, BufMut, BytesMut};
+use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
-    Connect, ConnectProperties, ConnectReturnCode, DisconnectReasonCode, Filter, Login, Packet, PingReq,
-    PubAckReason, Publish, RetainForwardRule, Subscribe, SubscribeReasonCode, UnsubAckReason, Unsubscribe,
+    Connect, ConnectProperties, Filter, Login, Packet, PingReq, Publish as OwnPublish, RetainForwardRule,
+    Subscribe, Unsubscribe,
 };
-use rumqttc::v5::mqttbytes::{self, QoS};
 use service::secret::Secret;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep_until, timeout};
 use wire::mqtt::MqttSettings;
 
+use super::error::ConnectionError;
+use super::greeting;
+use super::packet::{self, Disconnect, Poison, Publish, Qos, SubAck};
+use super::reason::{About, explain};
 use super::settings::ConsumerSettings;
+use super::terms::{self, Asked, Terms};
 
 /// Read at once. Payloads are slices of these pieces and hold a piece until the last of them is committed.
 const READ_BYTES: usize = 256 << 10;
@@ -35,44 +41,43 @@ const SMALL_READ_BYTES: usize = 16 << 10;
 /// How long after a small read nothing is read. It adds to a reading's way; a batch waits longer for its rows.
 const REST: Duration = Duration::from_millis(1);
 
+/// With so much that the broker does not take, nothing more is read: it holds the acknowledgements of four times the
+/// messages that may be in flight.
+const MAX_OUTGOING: usize = 1 << 20;
+
 /// Packet ids of ours, each used once at a time.
 const SUBSCRIBE_ID: u16 = 1;
 const UNSUBSCRIBE_ID: u16 = 2;
 const PUBLISH_ID: u16 = 3;
 
-/// Why a connection ended.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectionError {
-    #[error("{0}")]
-    Io(#[from] io::Error),
-    #[error("the broker closed the connection")]
-    Closed,
-    #[error("no answer to {0} in time")]
-    Timeout(&'static str),
-    #[error("the broker refuses the connection: {0:?}")]
-    Refused(ConnectReturnCode),
-    #[error("the broker refuses the subscription: {0:?}")]
-    NotSubscribed(Vec<SubscribeReasonCode>),
-    #[error("another process uses this client id")]
-    TakenOver,
-    #[error("the broker says goodbye: {0}")]
-    Goodbye(String),
-    #[error("protocol: {0}")]
-    Protocol(#[from] mqttbytes::Error),
-    #[error("protocol: unexpected {0}")]
-    Unexpected(&'static str),
+/// What is above the 16 bits of a packet id in the number of a message: it came at QoS 2.
+const EXACTLY_ONCE: u64 = 1 << 16;
+
+/// The number by which a message is acknowledged later; `None` at QoS 0.
+#[must_use]
+pub fn ack_id(qos: Qos, packet_id: u16) -> Option<u64> {
+    match qos {
+        Qos::AtMostOnce => None,
+        Qos::AtLeastOnce => Some(packet_id.into()),
+        Qos::ExactlyOnce => Some(u64::from(packet_id) | EXACTLY_ONCE),
+    }
 }
 
-/// What the broker sent. Nearly every one is a Publish, so boxing it would only add an allocation per message.
+/// What the broker sent, as far as it is for the source. Nearly every one is a Publish, so boxing it would only add an
+/// allocation per message.
 #[derive(Debug)]
 #[allow(clippy::large_enum_variant, reason = "the large variant is the common one")]
 pub enum Incoming {
     Publish(Publish),
+    /// A message that cannot be read, but acknowledged.
+    Poison(Poison),
     Subscribed,
-    /// One reason for each filter.
-    Unsubscribed(Vec<UnsubAckReason>),
+    /// The reason of the one filter.
+    Unsubscribed(u8),
     /// The answer to our own message.
-    Published(PubAckReason),
+    Published(u8),
+    /// A message that cannot be acknowledged, and why.
+    Unanswerable(&'static str),
     Pong,
 }
 
@@ -87,9 +92,20 @@ pub struct Connection {
     scratch: Box<[u8]>,
     incoming: BytesMut,
     outgoing: BytesMut,
-    max_packet: u32,
-    /// Whether the broker had kept a session for us.
-    pub session_present: bool,
+    max_packet: usize,
+    client_id: String,
+    /// Packets of ours that wait for an answer, by packet id.
+    unanswered: Unanswered,
+    terms: Terms,
+}
+
+/// Which packets of ours wait for an answer.
+#[derive(Debug, Default)]
+struct Unanswered {
+    subscribe: bool,
+    unsubscribe: bool,
+    publish: bool,
+    pings: u32,
 }
 
 impl Connection {
@@ -113,14 +129,22 @@ impl Connection {
         let stream = TcpStream::connect((broker.host.as_str(), broker.port)).await?;
         stream.set_nodelay(true)?;
         let max_packet = u32::try_from(settings.max_packet.as_u64()).unwrap_or(u32::MAX);
+        let asked = Asked {
+            client_id: &settings.client_id,
+            filter: &settings.filter,
+            session_expiry: settings.session_expiry,
+            keep_alive: broker.keep_alive,
+        };
         let mut connection = Self {
             socket: stream.into_std()?,
             rest_until: None,
             scratch: vec![0; READ_BYTES].into_boxed_slice(),
             incoming: BytesMut::new(),
             outgoing: BytesMut::new(),
-            max_packet,
-            session_present: false,
+            max_packet: usize::try_from(max_packet).unwrap_or(usize::MAX),
+            client_id: settings.client_id.clone(),
+            unanswered: Unanswered::default(),
+            terms: Terms::of(&asked),
         };
         let properties = ConnectProperties {
             session_expiry_interval: Some(
@@ -140,14 +164,38 @@ impl Connection {
             .then(|| Login::new(broker.username.clone(), broker.password.expose()));
         connection.queue(&Packet::Connect(connect, None, login))?;
         connection.flush().await?;
-        match connection.packet().await? {
-            Packet::ConnAck(answer) if answer.code == ConnectReturnCode::Success => {
-                connection.session_present = answer.session_present;
+        let answer = match connection.first_packet().await {
+            // A server that does not know MQTT closes or resets.
+            Err(ConnectionError::Closed) => return Err(ConnectionError::NotMqtt(greeting::CLOSED.into())),
+            Err(ConnectionError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
+                return Err(ConnectionError::NotMqtt(greeting::CLOSED.into()));
             }
-            Packet::ConnAck(answer) => return Err(ConnectionError::Refused(answer.code)),
+            answer => answer?,
+        };
+        match answer {
+            packet::Incoming::ConnAck(answer) => connection.terms = terms::judge(&answer, &asked)?,
+            packet::Incoming::Disconnect(reason) => return Err(connection.disconnected(&reason)),
             _ => return Err(ConnectionError::Unexpected("packet before CONNACK")),
         }
         Ok(connection)
+    }
+
+    /// What holds on this connection.
+    #[must_use]
+    pub fn terms(&self) -> Terms {
+        self.terms
+    }
+
+    async fn first_packet(&mut self) -> Result<packet::Incoming, ConnectionError> {
+        loop {
+            if let Some(who) = greeting::not_mqtt(&self.incoming) {
+                return Err(ConnectionError::NotMqtt(who));
+            }
+            if let Some(packet) = packet::parse(&mut self.incoming, self.max_packet)? {
+                return Ok(packet);
+            }
+            self.exchange(true).await?;
+        }
     }
 
     /// Puts a subscription into the outgoing bytes. Subscribing again changes nothing if it is there already, and repairs
@@ -160,6 +208,7 @@ impl Connection {
         filter.retain_forward_rule = RetainForwardRule::OnNewSubscribe;
         let mut subscribe = Subscribe::new(filter, None);
         subscribe.pkid = SUBSCRIBE_ID;
+        self.unanswered.subscribe = true;
         self.queue(&Packet::Subscribe(subscribe))
     }
 
@@ -168,6 +217,7 @@ impl Connection {
     /// # Errors
     /// As [`Connection::subscribe`].
     pub fn unsubscribe(&mut self, filters: impl Into<Vec<String>>) -> Result<(), ConnectionError> {
+        self.unanswered.unsubscribe = true;
         let unsubscribe = Unsubscribe { pkid: UNSUBSCRIBE_ID, filters: filters.into(), properties: None };
         self.queue(&Packet::Unsubscribe(unsubscribe))
     }
@@ -177,8 +227,9 @@ impl Connection {
     /// # Errors
     /// As [`Connection::subscribe`].
     pub fn publish(&mut self, topic: &str, payload: &str) -> Result<(), ConnectionError> {
-        let mut publish = Publish::new(topic, QoS::AtLeastOnce, payload.to_owned(), None);
+        let mut publish = OwnPublish::new(topic, QoS::AtLeastOnce, payload.to_owned(), None);
         publish.pkid = PUBLISH_ID;
+        self.unanswered.publish = true;
         self.queue(&Packet::Publish(publish))
     }
 
@@ -188,54 +239,81 @@ impl Connection {
         }
     }
 
-    /// The next packet among the bytes read so far; `None` when more must be read.
+    /// The next packet among the bytes read so far that is for the source; `None` when more must be read.
     ///
     /// # Errors
     /// When the broker breaks the protocol or ends the connection.
     pub fn parse(&mut self) -> Result<Option<Incoming>, ConnectionError> {
-        let packet = match Packet::read(&mut self.incoming, Some(self.max_packet)) {
-            Ok(packet) => packet,
-            Err(mqttbytes::Error::InsufficientBytes(more)) => {
-                // What this packet lacks and no more: `make_room` starts the pieces. Asking for more here started a new
-                // one after each read, and a message of 450 bytes occupied 3 KB.
-                self.incoming.reserve(more);
-                return Ok(None);
-            }
-            Err(error) => return Err(error.into()),
-        };
-        match packet {
-            Packet::Publish(publish) => Ok(Some(Incoming::Publish(publish))),
-            Packet::PingResp(_) => Ok(Some(Incoming::Pong)),
-            Packet::SubAck(answer) => {
-                let granted = |code: &SubscribeReasonCode| {
-                    matches!(code, SubscribeReasonCode::Success(QoS::AtLeastOnce))
-                };
-                if answer.return_codes.iter().all(granted) {
-                    Ok(Some(Incoming::Subscribed))
-                } else {
-                    Err(ConnectionError::NotSubscribed(answer.return_codes))
+        loop {
+            let incoming = match packet::parse(&mut self.incoming, self.max_packet)? {
+                None => return Ok(None),
+                Some(packet::Incoming::Publish(publish)) => Incoming::Publish(publish),
+                Some(packet::Incoming::Poison(poison)) => Incoming::Poison(poison),
+                Some(packet::Incoming::Unanswerable(problem)) => Incoming::Unanswerable(problem),
+                Some(packet::Incoming::Pong) => {
+                    self.unanswered.pings = self.unanswered.pings.saturating_sub(1);
+                    Incoming::Pong
                 }
-            }
-            Packet::UnsubAck(answer) => Ok(Some(Incoming::Unsubscribed(answer.reasons))),
-            Packet::PubAck(answer) => Ok(Some(Incoming::Published(answer.reason))),
-            Packet::Disconnect(reason) if reason.reason_code == DisconnectReasonCode::SessionTakenOver => {
-                Err(ConnectionError::TakenOver)
-            }
-            Packet::Disconnect(reason) => {
-                let text = reason.properties.and_then(|properties| properties.reason_string);
-                Err(ConnectionError::Goodbye(text.unwrap_or_else(|| format!("{:?}", reason.reason_code))))
-            }
-            _ => Err(ConnectionError::Unexpected("packet")),
+                Some(packet::Incoming::PubRel(packet_id)) => {
+                    // The message is committed: PUBREC said so. Nothing of it is kept here, so an id that is not known is
+                    // answered all the same; the broker asks again for what it has not seen answered.
+                    self.outgoing.put_slice(&[0x70, 2]);
+                    self.outgoing.put_u16(packet_id);
+                    continue;
+                }
+                Some(packet::Incoming::SubAck(answer)) => self.subscribed(&answer)?,
+                Some(packet::Incoming::UnsubAck(answer)) => {
+                    asked_for(
+                        &mut self.unanswered.unsubscribe,
+                        answer.packet_id == UNSUBSCRIBE_ID,
+                        "UNSUBACK",
+                    )?;
+                    Incoming::Unsubscribed(answer.reasons.first().copied().unwrap_or(u8::MAX))
+                }
+                Some(packet::Incoming::PubAck(answer)) => {
+                    asked_for(&mut self.unanswered.publish, answer.packet_id == PUBLISH_ID, "PUBACK")?;
+                    Incoming::Published(answer.reason)
+                }
+                Some(packet::Incoming::Disconnect(reason)) => return Err(self.disconnected(&reason)),
+                Some(packet::Incoming::ConnAck(_)) => {
+                    return Err(ConnectionError::Unexpected("second CONNACK"));
+                }
+            };
+            return Ok(Some(incoming));
         }
     }
 
-    /// Puts an acknowledgement into the outgoing bytes: PUBACK, success, in its short form.
-    pub fn acknowledge(&mut self, packet_id: u16) {
-        self.outgoing.put_slice(&[0x40, 2]);
+    fn subscribed(&mut self, answer: &SubAck) -> Result<Incoming, ConnectionError> {
+        asked_for(&mut self.unanswered.subscribe, answer.packet_id == SUBSCRIBE_ID, "SUBACK")?;
+        match answer.reasons.first().copied().unwrap_or(u8::MAX) {
+            1 => Ok(Incoming::Subscribed),
+            code => {
+                let words = explain(About::Subscription, code, answer.reason_string.as_deref(), None);
+                Err(ConnectionError::NotSubscribed(words))
+            }
+        }
+    }
+
+    fn disconnected(&self, reason: &Disconnect) -> ConnectionError {
+        if reason.reason == 0x8e {
+            return ConnectionError::TakenOver(self.client_id.clone());
+        }
+        let (text, server) = (reason.reason_string.as_deref(), reason.server_reference.as_deref());
+        ConnectionError::Disconnected(explain(About::Disconnect, reason.reason, text, server))
+    }
+
+    /// Puts an acknowledgement into the outgoing bytes: PUBACK, or PUBREC for a message at QoS 2, success, in its short
+    /// form. `id` is of [`ack_id`]; any other acknowledges nothing, and the answer is false.
+    pub fn acknowledge(&mut self, id: u64) -> bool {
+        let kind = if id & EXACTLY_ONCE == 0 { 0x40 } else { 0x50 };
+        let Ok(packet_id) = u16::try_from(id & !EXACTLY_ONCE) else { return false };
+        self.outgoing.put_slice(&[kind, 2]);
         self.outgoing.put_u16(packet_id);
+        true
     }
 
     pub fn ping(&mut self) {
+        self.unanswered.pings += 1;
         if PingReq::write(&mut self.outgoing).is_err() {
             tracing::error!("a ping of two bytes cannot fail to be written to memory");
         }
@@ -256,6 +334,7 @@ impl Connection {
             if self.write()? {
                 return Ok(false);
             }
+            let read = read && self.outgoing.len() < MAX_OUTGOING;
             let resting = self.rest_until.filter(|until| *until > Instant::now());
             if read && resting.is_none() && self.read()? {
                 return Ok(true);
@@ -319,17 +398,33 @@ impl Connection {
     }
 
     /// Says goodbye and asks the broker to end the session. Returns when the broker has closed the connection, which it
-    /// does after it has.
+    /// does after it has. Messages on `marker_topic` are no readings.
     ///
     /// # Errors
-    /// When that is not seen in time; the session may still be there.
-    pub async fn end_session(mut self, patience: Duration) -> Result<(), ConnectionError> {
-        // DISCONNECT, reason "normal", session expiry interval 0.
-        self.outgoing.put_slice(&[0xe0, 7, 0, 5, 0x11, 0, 0, 0, 0]);
+    /// [`ConnectionError::StillDealt`] when a reading comes before that; the session is kept then. Others when the end is
+    /// not seen in time; the session may still be there.
+    pub async fn end_session(
+        mut self,
+        marker_topic: &str,
+        patience: Duration,
+    ) -> Result<(), ConnectionError> {
         let goodbye = async {
+            // What the broker has dealt by now comes before its answer.
+            self.ping();
+            while self.unanswered.pings > 0 {
+                match self.parse()? {
+                    None => drop(self.exchange(true).await?),
+                    Some(Incoming::Publish(publish)) if publish.topic == marker_topic => {}
+                    Some(Incoming::Publish(_) | Incoming::Poison(_)) => {
+                        return Err(ConnectionError::StillDealt);
+                    }
+                    Some(_) => {}
+                }
+            }
+            // DISCONNECT, reason "normal", session expiry interval 0.
+            self.outgoing.put_slice(&[0xe0, 7, 0, 5, 0x11, 0, 0, 0, 0]);
             self.flush().await?;
             loop {
-                // What still comes is nobody's any more.
                 self.incoming.clear();
                 match self.exchange(true).await {
                     Ok(_) => {}
@@ -342,6 +437,13 @@ impl Connection {
     }
 
     fn queue(&mut self, packet: &Packet) -> Result<(), ConnectionError> {
+        if packet.size() > self.terms.max_outgoing {
+            return Err(ConnectionError::Unusable(format!(
+                "it takes packets of at most {} bytes, and this consumer must send one of {}",
+                self.terms.max_outgoing,
+                packet.size()
+            )));
+        }
         packet.write(&mut self.outgoing, None)?;
         Ok(())
     }
@@ -352,18 +454,11 @@ impl Connection {
         }
         Ok(())
     }
+}
 
-    async fn packet(&mut self) -> Result<Packet, ConnectionError> {
-        loop {
-            match Packet::read(&mut self.incoming, Some(self.max_packet)) {
-                Ok(packet) => return Ok(packet),
-                Err(mqttbytes::Error::InsufficientBytes(_)) => {
-                    self.exchange(true).await?;
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
+/// An answer must be to a packet of ours that waits for one.
+fn asked_for(waits: &mut bool, is_its_id: bool, answer: &'static str) -> Result<(), ConnectionError> {
+    if std::mem::take(waits) && is_its_id { Ok(()) } else { Err(ConnectionError::Unexpected(answer)) }
 }
 
 /// What a socket that never blocks did; `None`: nothing now.
@@ -388,54 +483,4 @@ async fn readiness(socket: &std::net::TcpStream, interest: Option<Interest>) -> 
 }
 
 #[cfg(test)]
-mod tests {
-    use tokio::io::AsyncWriteExt as _;
-    use tokio::net::TcpListener;
-
-    use super::*;
-
-    /// Pieces of the socket live as long as one of their messages waits, so they must be full of messages.
-    #[tokio::test]
-    async fn messages_that_come_one_by_one_share_a_piece() {
-        const CONNACK: [u8; 5] = [0x20, 3, 0, 0, 0];
-        const SUBACK: [u8; 6] = [0x90, 4, 0, 1, 0, 1];
-        // Several pieces of READ_BYTES, not the first one alone.
-        const MESSAGES: usize = 2_500;
-        // PUBLISH at QoS 0: 404 bytes follow, the topic "t", no properties, 400 bytes of payload.
-        let mut message = vec![0x30, 0x94, 0x03, 0, 1, b't', 0];
-        message.resize(message.len() + 400, b'x');
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let broker = MqttSettings::<Secret> {
-            host: "127.0.0.1".into(),
-            port: listener.local_addr().unwrap().port(),
-            ..MqttSettings::default()
-        };
-        let settings = ConsumerSettings::default();
-        let accepted = async {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            stream.write_all(&CONNACK).await.unwrap();
-            stream.write_all(&SUBACK).await.unwrap();
-            stream
-        };
-        let (connection, mut stream) = tokio::join!(Connection::open(&broker, &settings), accepted);
-        let mut connection = connection.unwrap();
-        let mut held = Vec::new();
-        while held.len() < MESSAGES {
-            stream.write_all(&message).await.unwrap();
-            let wanted = held.len() + 1;
-            while held.len() < wanted {
-                match connection.parse().unwrap() {
-                    Some(Incoming::Publish(publish)) => held.push(publish.payload),
-                    Some(_) => {}
-                    None => {
-                        timeout(Duration::from_secs(10), connection.exchange(true)).await.unwrap().unwrap();
-                    }
-                }
-            }
-        }
-        let apart =
-            |pair: &[bytes::Bytes]| pair[1].as_ptr() as usize != pair[0].as_ptr() as usize + message.len();
-        let pieces = 1 + held.windows(2).filter(|pair| apart(pair)).count();
-        assert!(pieces <= 6, "{pieces} pieces hold {MESSAGES} messages of {} bytes", message.len());
-    }
-}
+mod tests;

@@ -5,9 +5,10 @@
 //! comes, everything that was dealt has come. When all of that is committed, the session is ended (expiry 0). No clock
 //! decides anything. A lost connection begins again. A process that ends half-way leaves the session as it is.
 
-use rumqttc::v5::mqttbytes::v5::{PubAckReason, Publish, UnsubAckReason};
-
-use super::connection::{Connection, ConnectionError, Incoming};
+use super::connection::{Connection, Incoming};
+use super::error::ConnectionError;
+use super::packet::Publish;
+use super::reason;
 use super::settings::ConsumerSettings;
 
 /// Where a member hears its own marker. Its client id may hold what a topic must not.
@@ -70,7 +71,7 @@ impl Farewell {
         if self.is_over() {
             return Ok(());
         }
-        if !connection.session_present {
+        if !connection.terms().session_present {
             let problem = if self.asked {
                 "has lost the session of client id"
             } else {
@@ -90,15 +91,15 @@ impl Farewell {
         connection: &mut Connection,
     ) -> Result<(), ConnectionError> {
         match (self.state, incoming) {
-            (State::Unsubscribing, Incoming::Unsubscribed(reasons)) => {
+            (State::Unsubscribing, Incoming::Unsubscribed(code)) => {
                 // Anything but a success: the session may be subscribed otherwise, and is dealt to on and on.
-                if reasons.first() != Some(&UnsubAckReason::Success) && !self.asked {
+                if *code != 0 && !self.asked {
                     self.fail(
                         State::Failed,
                         format!(
-                            "the session of client id {} is not subscribed to {} (the broker: {reasons:?}): mqtt_consumer.filter \
+                            "the session of client id {} is not subscribed to {} (the broker: {}): mqtt_consumer.filter \
                              must be what the member ran with; after an interrupted --leave start the member once more first",
-                            self.client_id, self.filter
+                            self.client_id, self.filter, reason::name(*code)
                         ),
                     );
                     return Ok(());
@@ -115,13 +116,14 @@ impl Farewell {
                 self.state = State::Marked;
                 connection.publish(&self.topic, &self.marker)
             }
-            (State::Marked, Incoming::Published(reason)) => {
-                if *reason != PubAckReason::Success {
+            (State::Marked, Incoming::Published(code)) => {
+                // "No matching subscribers" too: the marker would never come.
+                if *code != 0 {
                     self.fail(
                         State::Failed,
                         format!(
-                            "the broker does not take {}: {reason:?} (this client must be allowed to write and read it)",
-                            self.topic
+                            "the broker does not take {}: {} (this client must be allowed to write and read it)",
+                            self.topic, reason::name(*code)
                         ),
                     );
                 } else {
@@ -155,7 +157,9 @@ impl Farewell {
         if self.state == State::Received {
             self.state = State::Failed;
             self.problem = Some(format!(
-                "readings come after the marker: the session of client id {} has another subscription than {}",
+                "readings come after the marker: the session of client id {} has another subscription than {}, and is kept. \
+                 Start the member once more: it ends a subscription that its mqtt_consumer.filter had before. Then --leave \
+                 again",
                 self.client_id, self.filter
             ));
         }
@@ -164,13 +168,14 @@ impl Farewell {
     /// The connection has ended. Some errors will be the same next time.
     pub(super) fn lost(&mut self, error: &ConnectionError) {
         match error {
-            ConnectionError::TakenOver => self.fail(
+            ConnectionError::TakenOver(_) => self.fail(
                 State::Failed,
                 format!(
                     "another process uses client id {}: stop it before its member leaves",
                     self.client_id
                 ),
             ),
+            ConnectionError::StillDealt => self.reading(),
             ConnectionError::NotSubscribed(_) => self.fail(
                 State::Failed,
                 format!("{}: {error} (this client must be allowed to read it)", self.topic),
@@ -208,9 +213,21 @@ impl Farewell {
         }
     }
 
+    /// The broker has no session for this client id any more, as it should be.
+    pub(super) fn has_ended_the_session(&self) -> bool {
+        matches!(self.state, State::Ended | State::Nothing)
+    }
+
     pub(super) fn outcome(self) -> anyhow::Result<()> {
         match (self.state, self.problem) {
             (State::Ended, _) => {
+                if !self.filter.starts_with("$share/") {
+                    tracing::warn!(
+                        filter = self.filter,
+                        "no session of this client id is subscribed any more: unless another consumer is, the broker acknowledges \
+                         what devices publish and throws it away, until a consumer is subscribed again"
+                    );
+                }
                 tracing::info!(
                     client_id = self.client_id,
                     "the member has left: its session is empty and ended"

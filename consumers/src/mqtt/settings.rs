@@ -13,6 +13,9 @@ use service::settings::Settings;
 use service::traces::TraceSettings;
 use wire::mqtt::MqttSettings;
 
+/// A restart, a deployment, a machine that is replaced: within this a consumer is back.
+const SHORTEST_EXPIRY: Duration = Duration::from_secs(3600);
+
 /// All sections `mqtt-consumer` reads.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -40,7 +43,7 @@ pub struct ConsumerSettings {
     /// Largest packet the broker may send; above its own limit, or it would drop larger ones in silence.
     #[schemars(with = "String", extend("format" = "size"))]
     pub max_packet: ByteSize,
-    /// How long the broker keeps the session of an absent consumer.
+    /// How long the broker keeps the session of an absent consumer; at least an hour.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub session_expiry: Duration,
@@ -82,6 +85,11 @@ impl Settings for MqttConsumerSettings {
                 "mqtt_consumer.client_id must not be empty: it names the session that holds messages".into(),
             );
         }
+        // A text of MQTT has two bytes for its length, and no NUL.
+        if consumer.client_id.len() > 65_535 || consumer.client_id.contains('\0') {
+            return Err("mqtt_consumer.client_id must be at most 65535 bytes and without NUL".into());
+        }
+        check_filter(&consumer.filter).map_err(|problem| format!("mqtt_consumer.filter {problem}"))?;
         if consumer.receive_maximum == 0 {
             return Err("mqtt_consumer.receive_maximum must be above 0".into());
         }
@@ -97,11 +105,69 @@ impl Settings for MqttConsumerSettings {
         if consumer.max_packet.as_u64() > 268_435_455 {
             return Err("mqtt_consumer.max_packet must not exceed MQTT's limit of 256MiB".into());
         }
-        if consumer.session_expiry.is_zero() {
+        if consumer.session_expiry < SHORTEST_EXPIRY {
             return Err(
-                "mqtt_consumer.session_expiry must be above 0: the session must outlive a connection".into(),
+                "mqtt_consumer.session_expiry must be at least 1h: what the broker acknowledges to devices while this consumer is away \
+                 for longer is lost"
+                    .into(),
             );
         }
         Ok(())
+    }
+}
+
+/// A broker ends the connection of a client whose filter is not one, mostly without a word.
+fn check_filter(filter: &str) -> Result<(), &'static str> {
+    if filter.len() > 65_535 || filter.contains('\0') {
+        return Err("must be at most 65535 bytes and without NUL");
+    }
+    let topics = match filter.strip_prefix("$share/") {
+        None => filter,
+        Some(shared) => match shared.split_once('/') {
+            Some((name, topics)) if !name.is_empty() && !name.contains(['+', '#']) => topics,
+            _ => return Err("must be $share/NAME/FILTER, the name without + and #"),
+        },
+    };
+    if topics.is_empty() {
+        return Err("must not be empty");
+    }
+    let mut levels = topics.split('/').peekable();
+    while let Some(level) = levels.next() {
+        if level.len() > 1 && level.contains(['+', '#']) {
+            return Err("must have + and # as whole levels only, such as og/+/#");
+        }
+        if level == "#" && levels.peek().is_some() {
+            return Err("must have # at its end only");
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_that_is_none_is_named() {
+        for good in ["og/field/#", "#", "+", "og/+/x", "/", "$share/ingest/og/#", "$share/a//b", "$SYS/#"] {
+            assert_eq!(check_filter(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            "og/#/x",
+            "og/a#",
+            "og/+x",
+            "$share/ingest",
+            "$share//og",
+            "$share/a+/og",
+            "$share/a/",
+            "a\0",
+        ] {
+            let settings = MqttConsumerSettings {
+                mqtt_consumer: ConsumerSettings { filter: bad.into(), ..ConsumerSettings::default() },
+                ..MqttConsumerSettings::default()
+            };
+            assert!(settings.check().unwrap_err().contains("mqtt_consumer.filter"), "{bad}");
+        }
     }
 }

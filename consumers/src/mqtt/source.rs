@@ -12,23 +12,24 @@ use ingest::delivery::{Ack, Delivery};
 use ingest::metrics::Metrics;
 use ingest::queue::Sender;
 use ingest::settlement::{Settled, Settlements};
-use rumqttc::v5::mqttbytes::QoS;
-use rumqttc::v5::mqttbytes::v5::Publish;
-use service::backoff::Backoff;
+use jiff::Timestamp;
 use service::health::Dependency;
 use service::secret::Secret;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use wire::mqtt::MqttSettings;
 
-use super::connection::{Connection, ConnectionError, Incoming};
+use super::connection::{Connection, Incoming, ack_id};
+use super::error::ConnectionError;
 use super::leave::{self, Farewell};
 use super::metrics::SourceMetrics;
+use super::packet::{Poison, Publish, Qos};
+use super::reconnect::Reconnect;
+use super::session_memory::{SessionMemory, Verdict};
 use super::settings::ConsumerSettings;
+use crate::LASTED;
 use crate::unconnected::void_until;
 
-const FIRST_WAIT: Duration = Duration::from_millis(50);
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const GOODBYE_WAIT: Duration = Duration::from_secs(1);
 
 /// One per process.
@@ -40,6 +41,8 @@ pub struct Source {
     pub health: Dependency,
     pub metrics: Metrics,
     pub source_metrics: SourceMetrics,
+    /// Whether the broker should have a session for us.
+    pub sessions: Arc<SessionMemory>,
 }
 
 /// How serving a connection ended.
@@ -52,7 +55,7 @@ enum End {
 impl Source {
     /// Runs until shutdown and drained. Owns the queue's sending end; dropping it tells the writers to finish.
     pub async fn run(self, queue: Sender, shutdown: CancellationToken) {
-        self.go(queue, shutdown, None).await;
+        self.run_inner(queue, shutdown, None).await;
     }
 
     /// As [`Source::run`], but takes only what the broker holds for this client id already, then ends its session.
@@ -61,13 +64,23 @@ impl Source {
     /// When the session was not ended, with the reason. Nothing is lost then: the broker keeps what is not committed.
     pub async fn leave(self, queue: Sender, shutdown: CancellationToken) -> anyhow::Result<()> {
         let mut farewell = Farewell::new(&self.settings);
-        self.go(queue, shutdown, Some(&mut farewell)).await;
+        let sessions = self.sessions.clone();
+        self.run_inner(queue, shutdown, Some(&mut farewell)).await;
+        if farewell.has_ended_the_session() {
+            sessions.ended();
+        }
         farewell.outcome()
     }
 
-    async fn go(self, queue: Sender, shutdown: CancellationToken, mut farewell: Option<&mut Farewell>) {
+    async fn run_inner(
+        self,
+        queue: Sender,
+        shutdown: CancellationToken,
+        mut farewell: Option<&mut Farewell>,
+    ) {
         let mut queue = Some(queue);
-        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut reconnect = Reconnect::new();
+        let mut had_rival = false;
         let mut generation: u32 = 0;
         loop {
             generation = generation.wrapping_add(1);
@@ -75,25 +88,33 @@ impl Source {
                 opened = Connection::open(&self.broker, &self.settings) => opened,
                 () = shutdown.cancelled() => break,
             };
+            let mut subscribed = None;
             let error = match opened {
                 Ok(connection) => {
-                    tracing::info!(session_present = connection.session_present, "connected to the broker");
+                    self.opened(&connection);
                     let serving = Serving {
                         connection,
                         generation,
                         queue: &mut queue,
                         farewell: farewell.as_deref_mut(),
                         marker_topic: leave::topic(&self.settings.client_id),
+                        subscribed: &mut subscribed,
+                        had_rival: &mut had_rival,
+                        was_poisoned: false,
+                        was_unanswerable: false,
                     };
-                    match self.serve(serving, &shutdown, &mut backoff).await {
+                    match self.serve(serving, &shutdown).await {
                         End::Drained => return,
                         End::Failed(error) => error,
                     }
                 }
                 Err(error) => error,
             };
-            self.source_metrics.connected.set(0);
-            self.source_metrics.reconnects.inc();
+            let error = self.sessions.explain(error, &self.settings.client_id);
+            had_rival |= matches!(error, ConnectionError::TakenOver(_));
+            let subscribed = subscribed.map(|since: Instant| since.elapsed());
+            self.sessions.closed(Timestamp::now());
+            self.source_metrics.ended(&error, subscribed);
             self.health.down(error.to_string());
             if let Some(farewell) = &mut farewell {
                 farewell.lost(&error);
@@ -101,7 +122,7 @@ impl Source {
             if shutdown.is_cancelled() || farewell.as_ref().is_some_and(|farewell| farewell.has_failed()) {
                 break;
             }
-            let wait = backoff.next(rand::random());
+            let wait = reconnect.ended(&error, subscribed, rand::random());
             tracing::warn!(%error, again_in = ?wait, "no connection to the broker");
             let pause = tokio::time::timeout(wait, shutdown.cancelled()).map(drop).shared();
             // All of it: a member that leaves has no writers any more when it says goodbye once more.
@@ -112,17 +133,43 @@ impl Source {
         self.void_until(std::future::pending()).await;
     }
 
+    /// The broker has accepted a connection: what it grants, and whether it still has the session.
+    fn opened(&self, connection: &Connection) {
+        let terms = connection.terms();
+        let client_id = &self.settings.client_id;
+        tracing::info!(session_present = terms.session_present, "connected to the broker");
+        self.source_metrics
+            .session_expiry
+            .set(i64::try_from(terms.session_expiry.as_secs()).unwrap_or(i64::MAX));
+        if terms.is_expiry_shortened {
+            tracing::warn!(
+                asked = ?self.settings.session_expiry,
+                granted = ?terms.session_expiry,
+                "the broker keeps the session of an absent consumer for a shorter time than mqtt_consumer.session_expiry: after \
+                 a longer absence readings are lost. Raise the broker's limit"
+            );
+        }
+        match self.sessions.opened(terms.session_present, Timestamp::now()) {
+            Verdict::Resumed => {}
+            Verdict::New => tracing::info!(client_id, "the broker has made a new session for this client id"),
+            Verdict::Lost { last_seen } => {
+                self.source_metrics.session_lost(Timestamp::now());
+                tracing::warn!(
+                    client_id,
+                    %last_seen,
+                    "the broker has lost the session of this client id. Readings that it acknowledged to devices since then, and \
+                     before this line, may be lost: see docs/runbooks/session-lost.md"
+                );
+            }
+        }
+    }
+
     async fn void_until(&self, until: impl Future<Output = ()>) {
         let void = void_until(&self.settlements, until).await;
         self.source_metrics.stale_acknowledgements.inc_by(void);
     }
 
-    async fn serve(
-        &self,
-        mut serving: Serving<'_>,
-        shutdown: &CancellationToken,
-        backoff: &mut Backoff,
-    ) -> End {
+    async fn serve(&self, mut serving: Serving<'_>, shutdown: &CancellationToken) -> End {
         let begun = match &mut serving.farewell {
             None => serving.connection.subscribe(&self.settings.filter),
             Some(farewell) => farewell.begin(&mut serving.connection),
@@ -130,11 +177,13 @@ impl Source {
         if let Err(error) = begun {
             return End::Failed(error);
         }
-        let keep_alive = self.broker.keep_alive;
+        let keep_alive = serving.connection.terms().keep_alive;
+        // A broker that wants to hear of us often is not held to answer as fast.
+        let patience = keep_alive.max(self.broker.connect_timeout);
         let mut ping = tokio::time::interval(keep_alive / 2);
         ping.reset();
         let mut last_heard = Instant::now();
-        let mut subscribed = false;
+        let mut subscribe_by = last_heard + self.broker.connect_timeout;
         let mut was_paused = false;
         loop {
             if serving.farewell.as_ref().is_some_and(|farewell| farewell.is_over()) {
@@ -165,14 +214,8 @@ impl Source {
                     Ok(true) => {
                         last_heard = Instant::now();
                         match self.read(&mut serving) {
-                            Ok(confirmed) => {
-                                if confirmed && !subscribed {
-                                    subscribed = true;
-                                    backoff.reset();
-                                    self.source_metrics.connected.set(1);
-                                    self.health.up();
-                                }
-                            }
+                            Ok(true) if serving.subscribed.is_none() => self.subscribed(&mut serving),
+                            Ok(_) => {}
                             Err(error) => return End::Failed(error),
                         }
                         // A socket that always has more must not keep the writers from this thread.
@@ -182,11 +225,12 @@ impl Source {
                 },
                 () = room_again(serving.queue.as_ref()), if serving.queue.is_some() && !room => {}
                 _ = ping.tick() => {
-                    if room && last_heard.elapsed() > keep_alive {
+                    if room && last_heard.elapsed() > patience {
                         return End::Failed(ConnectionError::Timeout("PINGREQ"));
                     }
-                    if !subscribed && room && last_heard.elapsed() > self.broker.connect_timeout {
-                        return End::Failed(ConnectionError::Timeout("SUBSCRIBE"));
+                    if *serving.had_rival && serving.subscribed.is_some_and(|since| since.elapsed() >= LASTED) {
+                        *serving.had_rival = false;
+                        self.health.up();
                     }
                     if let Some(farewell) = &mut serving.farewell
                         && let Err(error) = farewell.remind(&mut serving.connection)
@@ -195,11 +239,40 @@ impl Source {
                     }
                     serving.connection.ping();
                 }
+                () = sleep_until(subscribe_by), if serving.subscribed.is_none() && room => {
+                    if last_heard.elapsed() >= self.broker.connect_timeout {
+                        return End::Failed(ConnectionError::Timeout("SUBSCRIBE"));
+                    }
+                    subscribe_by = last_heard + self.broker.connect_timeout;
+                }
                 () = shutdown.cancelled(), if serving.queue.is_some() => {
                     // The writers finish what they have; its acknowledgements still go out here.
                     drop(serving.queue.take());
                 }
             }
+        }
+    }
+
+    fn subscribed(&self, serving: &mut Serving<'_>) {
+        *serving.subscribed = Some(Instant::now());
+        self.source_metrics.connected.set(1);
+        if serving.farewell.is_none() {
+            self.sessions.subscribed(Timestamp::now());
+            self.give_up_old_filter(serving);
+        }
+        // After a takeover it is not known yet who keeps the session.
+        if !*serving.had_rival {
+            self.health.up();
+        }
+    }
+
+    /// A session keeps every subscription that it ever had. The one of a former setting is ended when the present one holds,
+    /// so that no reading falls in between.
+    fn give_up_old_filter(&self, serving: &mut Serving<'_>) {
+        if let Some(old) = self.sessions.old_filter()
+            && let Err(error) = serving.connection.unsubscribe([old])
+        {
+            tracing::warn!(%error, "the subscription to the former mqtt_consumer.filter stays");
         }
     }
 
@@ -217,9 +290,24 @@ impl Source {
                     if let Some(farewell) = &mut serving.farewell {
                         farewell.reading();
                     }
-                    let ack = (publish.qos != QoS::AtMostOnce)
-                        .then(|| Ack { connection: serving.generation, id: u64::from(publish.pkid) });
-                    chunk.push(Delivery { topic: publish.topic, payload: publish.payload, ack, received });
+                    chunk.push(serving.delivery(publish, received));
+                }
+                Ok(Some(Incoming::Poison(poison))) => {
+                    if let Some(farewell) = &mut serving.farewell {
+                        farewell.reading();
+                    }
+                    chunk.push(serving.poison(poison, received));
+                }
+                Ok(Some(Incoming::Unanswerable(problem))) => {
+                    // Skipped, and nothing is said to the broker: it keeps the message, and delivers it again with the next
+                    // connection. Ending this one would keep all behind it from ever being acknowledged.
+                    self.source_metrics.unanswerable.inc();
+                    if !std::mem::replace(&mut serving.was_unanswerable, true) {
+                        tracing::error!(
+                            problem,
+                            "the broker sent a PUBLISH that cannot be acknowledged; it keeps it"
+                        );
+                    }
                 }
                 Ok(Some(other)) => {
                     confirmed |= match other {
@@ -227,6 +315,9 @@ impl Source {
                         Incoming::Unsubscribed(_) => serving.farewell.is_some(),
                         _ => false,
                     };
+                    if let (Incoming::Unsubscribed(code), None) = (&other, &serving.farewell) {
+                        self.sessions.old_filter_ended(*code);
+                    }
                     if let Some(farewell) = &mut serving.farewell
                         && let Err(error) = farewell.take(&other, &mut serving.connection)
                     {
@@ -249,9 +340,7 @@ impl Source {
     fn acknowledge(&self, serving: &mut Serving<'_>, settled: &[Settled]) {
         let mut sent = 0;
         for Settled { ack, .. } in settled {
-            // Packet ids are 16 bits: a larger id could only come from a bug, and is not acknowledged.
-            if let (true, Ok(packet_id)) = (ack.connection == serving.generation, u16::try_from(ack.id)) {
-                serving.connection.acknowledge(packet_id);
+            if ack.connection == serving.generation && serving.connection.acknowledge(ack.id) {
                 sent += 1;
             }
         }
@@ -269,14 +358,53 @@ struct Serving<'a> {
     /// When the member leaves for good.
     farewell: Option<&'a mut Farewell>,
     marker_topic: String,
+    /// Since when; `None` until the broker has confirmed it.
+    subscribed: &'a mut Option<Instant>,
+    /// The session was taken over, and no connection has lasted since.
+    had_rival: &'a mut bool,
+    /// A PUBLISH of this connection could not be read.
+    was_poisoned: bool,
+    /// One could not even be acknowledged.
+    was_unanswerable: bool,
 }
 
 impl Serving<'_> {
+    fn delivery(&self, publish: Publish, received: Instant) -> Delivery {
+        let ack = self.ack(publish.qos, publish.packet_id);
+        Delivery {
+            // Topic and payload hold the whole packet, properties included.
+            held: publish.size,
+            ..Delivery::new(publish.topic, publish.payload, ack, received)
+        }
+    }
+
+    fn poison(&mut self, poison: Poison, received: Instant) -> Delivery {
+        // One line a connection; the dead letters are counted.
+        if !std::mem::replace(&mut self.was_poisoned, true) {
+            tracing::warn!(
+                packet_id = poison.packet_id,
+                problem = poison.problem,
+                bytes = poison.packet.len(),
+                "the broker sent a PUBLISH that cannot be read: it becomes a dead letter (malformed_packet)"
+            );
+        }
+        let ack = self.ack(poison.qos, poison.packet_id);
+        Delivery {
+            held: poison.packet.len(),
+            malformed: Some(poison.problem),
+            ..Delivery::new(poison.topic, poison.packet, ack, received)
+        }
+    }
+
+    fn ack(&self, qos: Qos, packet_id: u16) -> Option<Ack> {
+        Some(Ack { connection: self.generation, id: ack_id(qos, packet_id)? })
+    }
+
     /// A marker of a member that leaves, or that began to leave and was started again. It is no reading, so nobody waits
     /// for its acknowledgement; the order among acknowledgements matters for readings.
     fn marker(&mut self, publish: &Publish) {
-        if publish.qos != QoS::AtMostOnce {
-            self.connection.acknowledge(publish.pkid);
+        if let Some(id) = ack_id(publish.qos, publish.packet_id) {
+            self.connection.acknowledge(id);
         }
         if let Some(farewell) = &mut self.farewell {
             farewell.marker(publish);
@@ -287,7 +415,8 @@ impl Serving<'_> {
     async fn say_goodbye(self) -> End {
         match self.farewell {
             Some(farewell) if farewell.ends_the_session() => {
-                if let Err(error) = self.connection.end_session(GOODBYE_WAIT).await {
+                let ending = self.connection.end_session(&self.marker_topic, GOODBYE_WAIT);
+                if let Err(error) = ending.await {
                     return End::Failed(error);
                 }
                 farewell.ended();

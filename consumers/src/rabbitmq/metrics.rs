@@ -7,10 +7,17 @@ use service::metrics::Registry;
 pub struct SourceMetrics {
     pub connected: IntGauge,
     pub reconnects: IntCounter,
+    pub ended_early: IntCounter,
     pub paused: IntCounter,
     pub stale_acknowledgements: IntCounter,
     pub requeued: IntCounter,
     pub dead_lettered: IntCounterVec,
+    pub returned: IntCounterVec,
+    pub queue_deleted: IntCounter,
+    pub queue_consumers: IntGauge,
+    pub redelivered: IntCounter,
+    pub window: IntGauge,
+    pub held_back: IntCounter,
 }
 
 impl SourceMetrics {
@@ -22,6 +29,10 @@ impl SourceMetrics {
             reconnects: IntCounter::new(
                 "rabbitmq_reconnects_total",
                 "Connections to the broker that ended or failed",
+            )?,
+            ended_early: IntCounter::new(
+                "rabbitmq_connections_ended_early_total",
+                "Connections that ended within 10 s after they began to consume",
             )?,
             paused: IntCounter::new(
                 "rabbitmq_reading_paused_total",
@@ -38,17 +49,55 @@ impl SourceMetrics {
             dead_lettered: IntCounterVec::new(
                 Opts::new(
                     "rabbitmq_dead_lettered_total",
-                    "Messages passed to the dead-letter exchange: published with their reason, or rejected",
+                    "Messages refused and committed to dead_letters: with a copy published to the dead-letter exchange, or without",
                 ),
                 &["way"],
             )?,
+            returned: IntCounterVec::new(
+                Opts::new(
+                    "rabbitmq_returned_total",
+                    "Events that the broker itself had moved to the dead-letter queue and that were put back, by its reason",
+                ),
+                &["reason"],
+            )?,
+            queue_deleted: IntCounter::new(
+                "rabbitmq_queue_deleted_total",
+                "Times the queue was gone, with all in it, and was made anew",
+            )?,
+            queue_consumers: IntGauge::new(
+                "rabbitmq_session_queue_consumers",
+                "Consumers of the queue as the broker counts them, this one included",
+            )?,
+            redelivered: IntCounter::new(
+                "rabbitmq_redelivered_total",
+                "Messages the broker had delivered before, to this consumer or to another",
+            )?,
+            window: IntGauge::new(
+                "rabbitmq_prefetch_messages",
+                "Messages the broker may have outstanding, after their size",
+            )?,
+            held_back: IntCounter::new(
+                "rabbitmq_held_back_total",
+                "Times the connection was not read because messages of rabbitmq_consumer.prefetch_bytes waited",
+            )?,
         };
+        // From the start: an alert on a series that appears with its first event misses that event.
+        for reason in super::returns::REASONS {
+            metrics.returned.with_label_values(&[reason]);
+        }
         registry.register(Box::new(metrics.connected.clone()))?;
         registry.register(Box::new(metrics.reconnects.clone()))?;
+        registry.register(Box::new(metrics.ended_early.clone()))?;
         registry.register(Box::new(metrics.paused.clone()))?;
         registry.register(Box::new(metrics.stale_acknowledgements.clone()))?;
         registry.register(Box::new(metrics.requeued.clone()))?;
         registry.register(Box::new(metrics.dead_lettered.clone()))?;
+        registry.register(Box::new(metrics.returned.clone()))?;
+        registry.register(Box::new(metrics.queue_deleted.clone()))?;
+        registry.register(Box::new(metrics.queue_consumers.clone()))?;
+        registry.register(Box::new(metrics.redelivered.clone()))?;
+        registry.register(Box::new(metrics.window.clone()))?;
+        registry.register(Box::new(metrics.held_back.clone()))?;
         Ok(metrics)
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use amqp::Broker;
+use bytesize::ByteSize;
 use ingest::settings::{DatabaseSettings, IngestSettings};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -28,8 +29,13 @@ pub struct RabbitConsumerSettings {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConsumerSettings {
-    /// Messages the broker may have outstanding towards this consumer. A batch holds at most half.
+    /// Most messages the broker may have outstanding towards this consumer; fewer when they are large
+    /// (`rabbitmq_consumer.prefetch_bytes`). A batch holds at most half.
     pub prefetch: u16,
+    /// Bytes of messages that may wait in the connection, and again in the queue behind it (instead of a larger
+    /// `ingest.queue_bytes`). The process needs about five times this at worst.
+    #[schemars(with = "String", extend("format" = "size"))]
+    pub prefetch_bytes: ByteSize,
     /// A batch closes when its oldest message has waited so long; instead of `ingest.max_age`, and longer: the more events of
     /// a session fold into one row, the less Postgres has to do.
     #[serde(with = "humantime_serde")]
@@ -52,6 +58,7 @@ impl Default for ConsumerSettings {
     fn default() -> Self {
         Self {
             prefetch: 5000,
+            prefetch_bytes: ByteSize::mib(32),
             max_age: Duration::from_millis(100),
             requeue_after: Duration::from_secs(15 * 60),
             grace: Duration::from_secs(30),
@@ -62,13 +69,14 @@ impl Default for ConsumerSettings {
 
 impl RabbitConsumerSettings {
     /// `[ingest]`, with batches of our own age and of at most half the window: while one is committed the next must be able
-    /// to fill, and none may wait for messages that the broker will not send.
+    /// to fill, and none may wait for messages that the broker will not send. The queue holds no more than the connection may.
     #[must_use]
     pub fn ingest(&self) -> IngestSettings {
         let half = usize::from(self.rabbitmq_consumer.prefetch / 2).max(1);
         IngestSettings {
             max_rows: self.ingest.max_rows.min(half),
             max_age: self.rabbitmq_consumer.max_age,
+            queue_bytes: self.ingest.queue_bytes.min(self.rabbitmq_consumer.prefetch_bytes),
             ..self.ingest.clone()
         }
     }
@@ -92,6 +100,12 @@ impl Settings for RabbitConsumerSettings {
             return Err(format!(
                 "rabbitmq_consumer.prefetch ({}) must not exceed ingest.queue_messages ({})",
                 consumer.prefetch, self.ingest.queue_messages
+            ));
+        }
+        if consumer.prefetch_bytes < self.ingest.max_payload {
+            return Err(format!(
+                "rabbitmq_consumer.prefetch_bytes ({}) must be at least ingest.max_payload ({})",
+                consumer.prefetch_bytes, self.ingest.max_payload
             ));
         }
         if consumer.requeue_after < self.database.commit_timeout {

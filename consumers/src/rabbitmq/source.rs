@@ -1,14 +1,16 @@
 //! The source: hands deliveries to the writers, acknowledges what is settled, reconnects for ever.
 //!
-//! It never waits for the database. When the queue is full it stops reading and leaves the messages with the broker, whose
-//! window (prefetch) bounds what it sends. One acknowledgement covers all that is settled: batches may commit out of
+//! It never waits for the database. When the queue is full it hands nothing on; the connection then takes only as much as its
+//! own bounds allow, and the rest stays with the broker. One acknowledgement covers all that is settled: batches may commit out of
 //! order, settlements come in receipt order. Acknowledgements of an older connection are void: the broker delivers
 //! those messages again, and merging makes that harmless.
+//!
+//! Poison is acknowledged like everything else, never rejected: a queue without a dead-letter exchange would drop it, and its
+//! row in `dead_letters` is committed anyway.
 //!
 //! Messages go back to the queue (nack, requeue) only when that helps somebody: when the database stays away for
 //! `requeue_after`, and those not yet handed to the writers when the process ends.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,13 +22,16 @@ use ingest::queue::{Level, Sender};
 use ingest::settlement::{Refused, Settled, Settlements};
 use service::backoff::Backoff;
 use service::health::Dependency;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
 use super::metrics::SourceMetrics;
 use super::poison::Poison;
+use super::report::Report;
 use super::settings::ConsumerSettings;
+use super::window::Window;
+use crate::LASTED;
 use crate::unconnected::void_until;
 
 const FIRST_WAIT: Duration = Duration::from_millis(50);
@@ -66,23 +71,37 @@ impl Source {
         let mut poison = Poison::new(self.broker.clone());
         let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
         let mut generation: u32 = 0;
+        let mut report = Report::new(self.broker.clone(), self.source_metrics.clone());
+        let bytes = self.settings.prefetch_bytes.as_u64();
         loop {
             generation = generation.wrapping_add(1);
+            let window = Window::new(self.settings.prefetch, bytes);
             let opened = tokio::select! {
-                opened = Connection::open(&self.broker, self.settings.prefetch, generation) => opened,
+                opened = Connection::open(&self.broker, window, bytes, generation) => opened,
                 () = shutdown.cancelled() => break,
             };
             let error = match opened {
-                Ok(connection) => {
+                Ok((connection, declared)) => {
+                    report.opened(&declared);
                     tracing::info!(queue = self.broker.queue, prefetch = self.settings.prefetch, "consuming");
-                    backoff.reset();
+                    let since = Instant::now();
                     self.source_metrics.connected.set(1);
                     self.health.up();
                     let end = self.serve(connection, generation, &mut queue, &mut poison, &shutdown).await;
                     self.source_metrics.connected.set(0);
+                    let lasted = since.elapsed() >= LASTED;
+                    if lasted {
+                        backoff.reset();
+                    }
                     match end {
                         End::Drained => return Ok(()),
-                        End::Failed(error) => error,
+                        End::Failed(AmqpError::Settings(problem)) => bail!(problem),
+                        End::Failed(error) => {
+                            if !lasted {
+                                self.source_metrics.ended_early.inc();
+                            }
+                            error
+                        }
                         End::Requeued => {
                             self.source_metrics.requeued.inc();
                             tracing::warn!(
@@ -139,20 +158,28 @@ impl Source {
         shutdown: &CancellationToken,
     ) -> End {
         let mut watch = tokio::time::interval(WATCH_PERIOD);
-        let mut was_paused = false;
+        let mut closings = 0;
+        let mut was_full = false;
         loop {
-            let room = queue.as_ref().is_some_and(Sender::has_room);
-            if queue.is_some() && !room && !was_paused {
+            if let Some(queue) = queue.as_ref() {
+                while connection.has_backlog() && queue.has_room() {
+                    if !queue.send(connection.chunk()) {
+                        return End::Failed(AmqpError::Retry("the writers have ended".into()));
+                    }
+                }
+            }
+            let full = connection.has_backlog();
+            if full && !was_full {
                 self.source_metrics.paused.inc();
             }
-            was_paused = !room;
+            was_full = full;
             tokio::select! {
                 settled = self.settlements.take() => match settled {
                     Some(mut settled) => {
                         while let Some(more) = self.settlements.try_take() {
                             settled.extend(more);
                         }
-                        if let Err(error) = self.settle(&connection, generation, poison, &settled).await {
+                        if let Err(error) = self.settle(&mut connection, generation, poison, &settled).await {
                             return End::Failed(error);
                         }
                     }
@@ -161,20 +188,20 @@ impl Source {
                         return End::Drained;
                     }
                 },
-                chunk = connection.deliveries(), if room => match (chunk, queue.as_ref()) {
-                    (Ok(chunk), Some(queue)) => {
-                        if !queue.send(chunk) {
-                            return End::Failed(AmqpError::Retry("the writers have ended".into()));
-                        }
-                    }
-                    (Ok(_), None) => {}
-                    (Err(error), _) => return End::Failed(error),
+                filled = connection.fill(), if queue.is_some() => if let Err(error) = filled {
+                    return End::Failed(error);
                 },
-                () = room_again(queue.as_ref()), if queue.is_some() && !room => {}
+                () = room_again(queue.as_ref()), if full => {}
                 _ = watch.tick() => {
                     if !connection.is_up() {
                         return End::Failed(AmqpError::Retry("the connection to the broker has ended".into()));
                     }
+                    connection.gate().trickle();
+                    self.source_metrics.window.set(connection.window().into());
+                    self.source_metrics.redelivered.inc_by(connection.redelivered());
+                    let now = connection.gate().closings();
+                    self.source_metrics.held_back.inc_by(now - closings);
+                    closings = now;
                     if queue.is_some() && self.settlements.oldest() > self.settings.requeue_after {
                         return match connection.requeue_all().await {
                             Ok(()) => {
@@ -196,10 +223,10 @@ impl Source {
         }
     }
 
-    /// Passes poison on, then acknowledges everything settled at once.
+    /// Passes copies of poison on, then acknowledges everything settled at once.
     async fn settle(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         generation: u32,
         poison: &mut Poison,
         settled: &[Settled],
@@ -207,23 +234,15 @@ impl Source {
         let ours = settled.iter().filter(|settled| settled.ack.connection == generation);
         let sent = ours.clone().count() as u64;
         self.source_metrics.stale_acknowledgements.inc_by(settled.len() as u64 - sent);
-        let refused: Vec<(u64, &Refused)> =
-            ours.clone().filter_map(|settled| Some((settled.ack.id, settled.rejected.as_deref()?))).collect();
-        let mut rejected = HashSet::new();
-        if !refused.is_empty() {
-            let letters: Vec<&Refused> = refused.iter().map(|(_, letter)| *letter).collect();
-            let confirmed = poison.publish(&letters).await;
-            for ((tag, _), published) in refused.into_iter().zip(confirmed) {
-                if !published {
-                    connection.reject(tag).await?;
-                    rejected.insert(tag);
-                }
-                let way = if published { "published" } else { "rejected" };
-                self.source_metrics.dead_lettered.with_label_values(&[way]).inc();
-            }
+        let letters: Vec<&Refused> = ours.clone().filter_map(|settled| settled.rejected.as_deref()).collect();
+        if !letters.is_empty() {
+            // The client is emptied meanwhile: what it holds is larger there than on the wire.
+            let published = connection.meanwhile(poison.publish(&letters)).await;
+            let table_only = letters.len() as u64 - published;
+            self.source_metrics.dead_lettered.with_label_values(&["published"]).inc_by(published);
+            self.source_metrics.dead_lettered.with_label_values(&["table_only"]).inc_by(table_only);
         }
-        // A tag that was rejected is unknown to the broker from then on: acknowledging it would close the channel.
-        if let Some(last) = ours.map(|settled| settled.ack.id).filter(|tag| !rejected.contains(tag)).max() {
+        if let Some(last) = ours.map(|settled| settled.ack.id).max() {
             connection.acknowledge(last).await?;
         }
         self.metrics.acknowledged.inc_by(sent);

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{BufMut, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use bytesize::ByteSize;
 use consumers::mqtt::metrics::SourceMetrics;
+use consumers::mqtt::session_memory::SessionMemory;
 use consumers::mqtt::settings::ConsumerSettings;
 use consumers::mqtt::source::Source;
 use ingest::delivery::{Ack, Delivery};
@@ -102,10 +103,36 @@ impl Session {
         }
     }
 
+    /// The next packet that is no ping; those are answered.
+    pub(crate) async fn not_a_ping(&mut self) -> Option<Packet> {
+        loop {
+            match self.next().await {
+                Some(Packet::PingReq(_)) => {}
+                other => return other,
+            }
+        }
+    }
+
     pub(crate) async fn connect(&mut self) -> Connect {
         match self.next().await {
             Some(Packet::Connect(connect, ..)) => connect,
             other => panic!("CONNECT expected, not {other:?}"),
+        }
+    }
+
+    /// Exactly these bytes come next; pings, answered, may come before them. For what the codec above cannot read.
+    pub(crate) async fn bytes(&mut self, expected: &[u8]) {
+        loop {
+            if self.incoming.starts_with(&[0xc0, 0]) {
+                self.incoming.advance(2);
+                self.send(&[0xd0, 0]).await;
+            } else if self.incoming.len() >= expected.len() {
+                assert_eq!(self.incoming.split_to(expected.len()), expected);
+                return;
+            }
+            let read = self.stream.read_buf(&mut self.incoming);
+            let count = timeout(SOON, read).await.expect("something from the source").unwrap();
+            assert!(count > 0, "the source has closed: {:x?}", self.incoming);
         }
     }
 
@@ -185,6 +212,10 @@ impl Session {
     }
 }
 
+fn consumer() -> ConsumerSettings {
+    ConsumerSettings { max_packet: ByteSize::kib(1), ..ConsumerSettings::default() }
+}
+
 /// A message whose payload is its packet id.
 pub(crate) fn message(id: u16) -> BytesMut {
     let mut publish = Publish::new("og/field/S/T/D", QoS::AtLeastOnce, id.to_string(), None);
@@ -198,6 +229,7 @@ pub(crate) fn message(id: u16) -> BytesMut {
 #[derive(Debug)]
 pub(crate) struct Taken {
     pub(crate) text: String,
+    pub(crate) malformed: Option<&'static str>,
     ticket: u64,
     bytes: usize,
     ack: Ack,
@@ -209,6 +241,7 @@ pub(crate) struct Rig {
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
     pub(crate) source_metrics: SourceMetrics,
+    pub(crate) sessions: Arc<SessionMemory>,
     pub(crate) shutdown: CancellationToken,
     settlements: Arc<Settlements>,
     receiver: Receiver<()>,
@@ -222,33 +255,47 @@ impl Rig {
         Self::with(100, |_| {}).await
     }
 
+    /// With other settings of the consumer.
+    pub(crate) async fn set(change: impl FnOnce(&mut ConsumerSettings)) -> Self {
+        let mut settings = consumer();
+        change(&mut settings);
+        Self::start(10_000, false, |_| {}, settings).await
+    }
+
     /// A member that leaves for good.
     pub(crate) async fn leaving() -> Self {
-        Self::start(100, true, |_| {}).await
+        Self::start(100, true, |_| {}, consumer()).await
     }
 
     /// With a queue of `max_messages`.
     pub(crate) async fn with(max_messages: usize, change: impl FnOnce(&mut MqttSettings<Secret>)) -> Self {
-        Self::start(max_messages, false, change).await
+        Self::start(max_messages, false, change, consumer()).await
     }
 
-    async fn start(max_messages: usize, leave: bool, change: impl FnOnce(&mut MqttSettings<Secret>)) -> Self {
+    async fn start(
+        max_messages: usize,
+        leave: bool,
+        change: impl FnOnce(&mut MqttSettings<Secret>),
+        settings: ConsumerSettings,
+    ) -> Self {
         let broker = FakeBroker::new().await;
         let mut mqtt = broker.settings();
         change(&mut mqtt);
         let registry = Registry::new();
         let health = Health::default();
-        let (sender, receiver) = queue::bounded(max_messages, 1 << 20);
+        let (sender, receiver) = queue::bounded(max_messages, 1 << 20, ());
         let settlements = Arc::new(Settlements::new(1));
         let metrics = Metrics::new(&registry).unwrap();
         let source_metrics = SourceMetrics::new(&registry).unwrap();
+        let sessions = Arc::new(SessionMemory::default());
         let source = Source {
             broker: mqtt,
-            settings: ConsumerSettings { max_packet: ByteSize::kib(1), ..ConsumerSettings::default() },
+            settings,
             settlements: settlements.clone(),
             health: health.dependency("broker"),
             metrics: metrics.clone(),
             source_metrics: source_metrics.clone(),
+            sessions: sessions.clone(),
         };
         let shutdown = CancellationToken::new();
         let mut task = JoinSet::new();
@@ -265,6 +312,7 @@ impl Rig {
             health,
             metrics,
             source_metrics,
+            sessions,
             shutdown,
             settlements,
             receiver,
@@ -285,8 +333,9 @@ impl Rig {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.settlements.begin(ticket, delivery.received);
-        let text = String::from_utf8(delivery.payload.to_vec()).unwrap();
-        Taken { text, ticket, bytes: delivery.size(), ack: delivery.ack.unwrap() }
+        let text = String::from_utf8_lossy(&delivery.payload).into_owned();
+        let (malformed, bytes) = (delivery.malformed, delivery.size());
+        Taken { text, malformed, ticket, bytes, ack: delivery.ack.unwrap() }
     }
 
     /// As [`Rig::take`], several times.
@@ -306,6 +355,16 @@ impl Rig {
     /// The other half: room for what comes next.
     pub(crate) fn free(&self, taken: &Taken) {
         self.receiver.level().free(1, taken.bytes);
+    }
+
+    /// Bytes that they occupy.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.receiver.level().bytes()
+    }
+
+    /// Connections that ended for this reason.
+    pub(crate) fn ended_by(&self, reason: &str) -> u64 {
+        self.source_metrics.connections_ended.with_label_values(&[reason]).get()
     }
 
     /// Messages taken from the broker that still occupy room.

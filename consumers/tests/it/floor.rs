@@ -1,5 +1,6 @@
 //! Broker, database and consumer for one test, and a publisher that knows what the broker accepted.
 
+use std::path::Path;
 use std::time::Duration;
 
 use playground::cluster::{Cluster, Options};
@@ -24,13 +25,29 @@ pub(crate) struct Floor {
 impl Floor {
     /// Everything started; the consumer is subscribed.
     pub(crate) async fn new(options: Options, change: impl FnOnce(Launch) -> Launch) -> Self {
+        Self::with_broker(options, |_| Vec::new(), change).await
+    }
+
+    /// As [`Floor::new`], with further lines of the broker's configuration; they may name files in this directory.
+    pub(crate) async fn with_broker(
+        options: Options,
+        extra: impl FnOnce(&Path) -> Vec<String>,
+        change: impl FnOnce(Launch) -> Launch,
+    ) -> Self {
         let scratch = Scratch::new().unwrap();
         let cluster = Cluster::start(&scratch, options).await.unwrap();
-        let broker = Mosquitto::start(&scratch, &[]).await.unwrap();
+        let extra = extra(scratch.path());
+        let extra: Vec<&str> = extra.iter().map(String::as_str).collect();
+        let broker = Mosquitto::start(&scratch, &extra).await.unwrap();
         let launch = Launch::new("mqtt-consumer").envs(cluster.environment()).envs(broker.environment());
         let mut consumer = change(launch).start(scratch.path()).await.unwrap();
         consumer.ready(PATIENCE).await.unwrap();
         Self { consumer, broker, cluster, scratch }
+    }
+
+    /// Where everything of this test is.
+    pub(crate) fn scratch(&self) -> &Scratch {
+        &self.scratch
     }
 
     pub(crate) async fn db(&self) -> Db {
@@ -66,7 +83,7 @@ impl Floor {
     pub(crate) async fn until_commits_wait(&self) {
         let admin = self.cluster.primary().admin().await.unwrap();
         let sql = "SELECT count(*) FROM pg_stat_activity \
-                   WHERE application_name = 'tier0-ingest' AND wait_event = 'SyncRep' AND query = 'COMMIT'";
+                   WHERE application_name = 'tier0-ingest' AND wait_event = 'SyncRep' AND query LIKE '%COMMIT'";
         let deadline = Instant::now() + PATIENCE;
         while admin.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) == 0 {
             assert!(Instant::now() < deadline, "no COMMIT waits for the standby");

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::metrics::Metrics;
 use crate::agent::orders::Orders;
-use crate::protocol::{Command, NodeStatus, Problem};
+use crate::protocol::{Code, Command, NodeStatus, Problem, word};
 use crate::token;
 
 /// Where callers find what they may ask.
@@ -106,11 +106,11 @@ async fn order(State(api): State<Arc<Api>>, Json(command): Json<Command>) -> Res
         Ok(Ok(status)) => Json(status).into_response(),
         Ok(Err(refusal)) => {
             let status = match refusal.code {
-                "timeout" => StatusCode::GATEWAY_TIMEOUT,
-                "failed" => StatusCode::INTERNAL_SERVER_ERROR,
+                Code::Timeout => StatusCode::GATEWAY_TIMEOUT,
+                Code::Failed => StatusCode::INTERNAL_SERVER_ERROR,
                 _ => StatusCode::CONFLICT,
             };
-            (status, Json(Problem::new(refusal.code, refusal.message))).into_response()
+            (status, Json(Problem::new(&word(&refusal.code), refusal.message))).into_response()
         }
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, Json(Problem::new("failed", error.to_string())))
             .into_response(),

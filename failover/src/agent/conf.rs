@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
 use nix::unistd::{Gid, Uid, User, chown, geteuid};
@@ -22,6 +23,9 @@ pub const GUARD: &str = "tier0_guard";
 const TAKEN: &str = "# taken by a timeline of another node (tier0)\n";
 /// More than this is no history of failovers but a mistake.
 const MOST_TAKEN: u32 = 1000;
+/// Below the data directory: a copy in the making, and the data that it replaces until it is whole.
+const COPY: &str = ".tier0-copy";
+const ASIDE: &str = ".tier0-aside";
 const OURS: [&str; 3] = ["primary_conninfo", "primary_slot_name", "synchronous_standby_names"];
 
 /// Writes as the account Postgres runs as.
@@ -32,6 +36,8 @@ pub struct Conf {
     node: Node,
     replication_user: String,
     owner: Option<(Uid, Gid)>,
+    /// What `synchronous_standby_names` was last set to.
+    waits: Arc<Mutex<Option<String>>>,
 }
 
 impl Conf {
@@ -52,6 +58,7 @@ impl Conf {
             node: settings.node.clone(),
             replication_user: settings.replication_user.clone(),
             owner,
+            waits: Arc::default(),
         };
         let escape = |text: &str| text.replace('\\', "\\\\").replace(':', "\\:");
         let line = format!(
@@ -74,6 +81,9 @@ impl Conf {
     /// # Errors
     /// When the file cannot be written.
     pub fn write(&self, upstream: Option<&Upstream>, names: Option<&str>) -> anyhow::Result<bool> {
+        if let Some(names) = names {
+            *self.waits.lock().unwrap_or_else(PoisonError::into_inner) = Some(names.to_owned());
+        }
         let path = self.data.join("postgresql.auto.conf");
         let before = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -103,6 +113,12 @@ impl Conf {
             File::open(&self.data).and_then(|dir| dir.sync_all()).context("flush the data directory")?;
         }
         Ok(changed)
+    }
+
+    /// What commits were last told to wait for.
+    #[must_use]
+    pub fn waits(&self) -> Option<String> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether the next start is as a standby.
@@ -179,21 +195,52 @@ impl Conf {
         Ok(())
     }
 
-    /// Makes the data directory empty, for a new base backup.
+    /// Where a copy is made, cleared of an earlier one. Below the data directory: it may be the root of a volume.
     ///
     /// # Errors
-    /// When something in it cannot be removed.
-    pub fn clear(&self) -> anyhow::Result<()> {
-        for entry in std::fs::read_dir(&self.data).with_context(|| format!("list {}", self.data.display()))? {
-            let path = entry.context("list the data directory")?.path();
-            let removed = if path.is_dir() && !path.is_symlink() {
-                std::fs::remove_dir_all(&path)
-            } else {
-                std::fs::remove_file(&path)
-            };
-            removed.with_context(|| format!("remove {}", path.display()))?;
+    /// When it cannot be cleared.
+    pub fn clear_copy(&self) -> anyhow::Result<PathBuf> {
+        let copy = self.data.join(COPY);
+        remove(&copy)?;
+        Ok(copy)
+    }
+
+    /// Puts the copy in the place of the data, which is kept aside. May be repeated after an interruption.
+    ///
+    /// # Errors
+    /// When something cannot be moved: the data is then neither the old nor the new.
+    pub fn take_copy(&self) -> anyhow::Result<()> {
+        let (copy, aside) = (self.data.join(COPY), self.data.join(ASIDE));
+        if let Err(error) = std::fs::create_dir(&aside)
+            && error.kind() != std::io::ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(|| format!("make {}", aside.display()));
         }
-        Ok(())
+        for path in list(&self.data)? {
+            if path == copy || path == aside {
+                continue;
+            }
+            let kept = aside.join(path.file_name().unwrap_or_default());
+            if kept.exists() {
+                // Of a copy that was not put in place to the end.
+                remove(&path)?;
+            } else {
+                rename(&path, &kept)?;
+            }
+        }
+        for path in list(&copy)? {
+            rename(&path, &self.data.join(path.file_name().unwrap_or_default()))?;
+        }
+        remove(&copy)?;
+        File::open(&self.data).and_then(|dir| dir.sync_all()).context("flush the data directory")
+    }
+
+    /// Removes the data that was kept aside.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn drop_aside(&self) -> anyhow::Result<()> {
+        remove(&self.data.join(ASIDE))
     }
 
     fn replace(&self, path: &Path, content: &[u8]) -> anyhow::Result<()> {
@@ -212,6 +259,30 @@ impl Conf {
             path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
         })();
         result.with_context(|| format!("write {}", path.display()))
+    }
+}
+
+fn list(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
+    entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<_>>().context("list a directory")
+}
+
+fn rename(from: &Path, to: &Path) -> anyhow::Result<()> {
+    std::fs::rename(from, to).with_context(|| format!("move {} to {}", from.display(), to.display()))
+}
+
+/// Removes a file or a whole directory; nothing there is as good.
+fn remove(path: &Path) -> anyhow::Result<()> {
+    let removed = if path.is_dir() && !path.is_symlink() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("remove {}", path.display()))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -95,8 +95,8 @@ impl Local {
             .dbname("postgres")
             .application_name("region-agent")
             .connect_timeout(CONNECT)
-            // Ours must go through whatever the database's owner has set.
-            .options("-c statement_timeout=0 -c synchronous_commit=on -c default_transaction_read_only=off");
+            // Ours must go through whatever is set for role and database.
+            .options(wire::postgres::options());
         Self { config, ended: shared.session_ended.clone() }
     }
 
@@ -110,7 +110,8 @@ impl Local {
             .user(&settings.replication_user)
             .password(settings.replication_password.expose())
             .dbname("postgres")
-            .connect_timeout(CONNECT);
+            .connect_timeout(CONNECT)
+            .options(wire::postgres::options());
         Self { config, ended: Arc::default() }
     }
 
@@ -157,9 +158,9 @@ SELECT rec,
       'port', coalesce(sender_port, 0), 'silent_ms', greatest(0, extract(epoch FROM clock_timestamp() - last_msg_receipt_time) * 1000)::bigint)
    FROM pg_stat_wal_receiver),
   (SELECT coalesce(json_agg(json_build_object('node', application_name, 'streaming', state = 'streaming',
-      'sync', sync_state IN ('sync', 'quorum'), 'flushed', coalesce(flush_lsn, '0/0')::text,
+      'sync', sync_state IN ('sync', 'quorum'), 'slot', (SELECT slot_name FROM pg_replication_slots s WHERE s.active_pid = w.pid), 'flushed', coalesce(flush_lsn, '0/0')::text,
       'replayed', coalesce(replay_lsn, '0/0')::text)), '[]')
-   FROM pg_stat_replication WHERE application_name <> 'pg_basebackup' AND application_name <> 'pg_rewind'),
+   FROM pg_stat_replication w WHERE application_name <> 'pg_basebackup' AND application_name <> 'pg_rewind'),
   CASE WHEN rec AND pg_last_wal_receive_lsn() IS DISTINCT FROM pg_last_wal_replay_lsn()
        THEN coalesce(extract(epoch FROM clock_timestamp() - pg_last_xact_replay_timestamp()), 0)::float8 ELSE 0 END
 FROM r";
@@ -205,6 +206,24 @@ impl Session {
             .map_err(|_| anyhow!("no answer within {limit:?}"))?
             .context("ask who replays")?;
         Ok(row.map(|row| row.try_get(0)).transpose().context("read the answer")?.map(Pid::from_raw))
+    }
+
+    /// Ends the sessions that hold up replay, by a lock or by what they still see; all that are in a transaction when it does
+    /// not tell which. Answers how many.
+    ///
+    /// # Errors
+    /// When there is no answer within `limit`.
+    pub async fn end_readers(&self, limit: Duration) -> anyhow::Result<i64> {
+        let sql = "WITH startup AS (SELECT pid, wait_event_type, wait_event FROM pg_stat_activity WHERE backend_type = 'startup'),
+          held AS (SELECT 1 FROM startup WHERE wait_event_type = 'Lock' OR wait_event LIKE 'RecoveryConflict%' OR wait_event = 'BufferPin')
+          SELECT count(pg_terminate_backend(a.pid)) FROM pg_stat_activity a, held
+          WHERE a.backend_type = 'client backend' AND a.pid <> pg_backend_pid() AND a.application_name <> 'region-agent'
+            AND (a.xact_start IS NOT NULL OR a.backend_xmin IS NOT NULL)";
+        let row = timeout(limit, self.client.query_one(sql, &[]))
+            .await
+            .map_err(|_| anyhow!("no answer within {limit:?}"))?
+            .context("end the readers")?;
+        Ok(row.try_get(0)?)
     }
 
     /// Whether the running Postgres has read that it follows nobody.

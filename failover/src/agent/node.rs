@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -24,18 +24,25 @@ use crate::agent::procs;
 use crate::agent::settings::RegionAgent;
 use crate::agent::shared::Shared;
 use crate::orchestrator::store;
-use crate::protocol::{Control, Node, Postmaster, Rejoin, Stop, Upstream};
+use crate::protocol::{Code, Command as Order, Control, Node, Postmaster, Rejoin, Stop, Upstream};
 use tools::{Tools, spawn};
+
+/// How often the data of a stopped node is looked at.
+const FOREIGN: Duration = Duration::from_millis(500);
 
 /// What the agent must not forget.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Durable {
     epoch: u64,
+    /// Id of the one that is obeyed; empty before the first order.
+    orchestrator: String,
     /// A tool has begun to rewrite the data and has not been seen to end well: it must not be started.
     rebuilding: Option<Rejoin>,
     /// See [`crate::protocol::NodeStatus::estranged`].
     estranged: bool,
+    /// See [`crate::protocol::NodeStatus::touched`].
+    touched: bool,
 }
 
 /// The node.
@@ -67,7 +74,10 @@ impl Postgres {
             Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
         };
         let shared = Arc::new(Shared::new(&settings.node, boot, durable.epoch));
-        shared.change(|status| status.estranged = durable.estranged);
+        shared.change(|status| {
+            (status.estranged, status.touched) = (durable.estranged, durable.touched);
+            status.orchestrator.clone_from(&durable.orchestrator);
+        });
         Ok(Self {
             settings: settings.clone(),
             conf: Conf::new(settings)?,
@@ -80,40 +90,123 @@ impl Postgres {
     }
 
     /// Looks at what is there, without starting anything. An earlier agent's postmaster was told to stop by the
-    /// kernel when that agent ended; its end is awaited.
+    /// kernel when that agent ended; its end is awaited. One that stays is somebody else's.
     ///
     /// # Errors
-    /// When a postmaster of somebody else keeps running in the data directory.
+    /// When what is left of a postmaster cannot be cleared up.
     pub async fn inspect(&self) -> anyhow::Result<()> {
         let deadline = tokio::time::Instant::now() + self.settings.grace;
-        while let Some(pid) = procs::inside(&self.settings.data).first() {
+        while !procs::inside(&self.settings.data).is_empty() {
             if tokio::time::Instant::now() > deadline {
-                bail!(
-                    "process {pid} runs in {}: stop it, the agent must be its parent",
-                    self.settings.data.display()
-                );
+                break;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        procs::forget_dead(&self.settings.data)?;
+        self.note_foreign();
         let control = self.clone_for_tools().settled_control().await;
         self.shared.postmaster(Postmaster::Stopped { exit: None, clean: false, settled: true }, control);
         Ok(())
     }
 
+    /// Looks for a postmaster on our data that we have not started, and says so. True when there is one.
+    pub fn note_foreign(&self) -> bool {
+        let ours = *self.pid.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = procs::postmaster(&self.settings.data).filter(|pid| Some(*pid) != ours).map(Pid::as_raw);
+        if self.shared.status().foreign != found {
+            match found {
+                Some(pid) => {
+                    tracing::error!(pid, "a postmaster that this agent has not started runs on its data")
+                }
+                None => tracing::warn!("the postmaster that this agent had not started is gone"),
+            }
+            self.shared.change(|status| status.foreign = found);
+        }
+        if found.is_some() {
+            self.set_touched(true);
+        }
+        found.is_some()
+    }
+
+    /// What the commits of this primary were told to wait for, when they wait for less.
+    fn waits_for_less(&self, status: &crate::protocol::NodeStatus) -> Option<String> {
+        let told = self.conf.waits()?;
+        let sample = status.sample.as_ref().filter(|_| status.is_writable())?;
+        let less = !crate::agent::conf::parse_names(&told).is_subset(&sample.wait_for);
+        // Somebody else acknowledges under a name that they wait for.
+        let stranger = sample.standbys.iter().any(|standby| {
+            standby.streaming && !standby.is_genuine() && sample.wait_for.contains(&standby.node)
+        });
+        (less || stranger).then_some(told)
+    }
+
+    /// Says whether somebody has used the data, or made its commits wait for nobody, without being told to.
+    pub fn set_touched(&self, touched: bool) {
+        if self.shared.status().touched == touched {
+            return;
+        }
+        if let Err(error) = self.remember(|durable| durable.touched = touched) {
+            tracing::error!(error = format!("{error:#}"), touched, "not written down");
+        }
+        self.shared.change(|status| status.touched = touched);
+    }
+
+    /// Watches the data while it is nobody's: an operator may start Postgres beside its agent, and change the data.
+    pub async fn guard(&self, shutdown: tokio_util::sync::CancellationToken) {
+        let mut reset = None;
+        while tokio::time::timeout(FOREIGN, shutdown.cancelled()).await.is_err() {
+            let settled = |status: &crate::protocol::NodeStatus| {
+                matches!(status.postmaster, Postmaster::Stopped { settled: true, .. })
+            };
+            let before = self.shared.status();
+            let wrong = self.waits_for_less(&before);
+            if wrong.is_some() && wrong == reset {
+                tracing::error!("somebody has changed what commits wait for");
+                self.set_touched(true);
+            }
+            reset = wrong;
+            if !settled(&before) {
+                continue;
+            }
+            let (life, foreign) = (self.shared.life(), self.note_foreign());
+            // Read again as long as it runs, and once when it is gone.
+            if foreign || before.foreign.is_some() {
+                match self.control().await {
+                    Ok(control) => self.shared.control(life, control),
+                    Err(error) => tracing::warn!(error = format!("{error:#}"), "control file not read"),
+                }
+            }
+        }
+    }
+
     /// Accepts an order of this epoch and does `then` in the same step: none of another epoch comes in between.
     ///
     /// # Errors
-    /// `old_epoch` when a higher one was accepted, or when it cannot be made durable.
-    pub fn accept<T>(&self, epoch: u64, then: impl FnOnce() -> T) -> Result<T, Refusal> {
+    /// When it is of another orchestrator than the one obeyed, which nobody has displaced; when a higher epoch was accepted;
+    /// when it cannot be made durable.
+    pub fn accept<T>(&self, order: &Order, then: impl FnOnce() -> T) -> Result<T, Refusal> {
         let mut durable = self.durable.lock().unwrap_or_else(PoisonError::into_inner);
-        if epoch < durable.epoch {
-            return Err(Refusal::new("old_epoch", format!("epoch {epoch} is over; {} holds", durable.epoch)));
+        let obeyed = &durable.orchestrator;
+        if !obeyed.is_empty() && *obeyed != order.orchestrator && !order.displaces.contains(obeyed) {
+            let message = format!(
+                "this node obeys orchestrator {obeyed}, not {:?}: POST /adopt/{{region}} at the one that is to lead from now on",
+                order.orchestrator
+            );
+            return Err(Refusal::new(Code::OtherOrchestrator, message));
         }
-        if epoch > durable.epoch {
-            let next = Durable { epoch, ..durable.clone() };
+        if order.epoch < durable.epoch {
+            let message = format!("epoch {} is over; {} holds", order.epoch, durable.epoch);
+            return Err(Refusal::new(Code::OldEpoch, message));
+        }
+        if order.epoch > durable.epoch || *obeyed != order.orchestrator {
+            let next =
+                Durable { epoch: order.epoch, orchestrator: order.orchestrator.clone(), ..durable.clone() };
             self.save(&next)?;
             *durable = next;
-            self.shared.change(|status| status.epoch = epoch);
+            self.shared.change(|status| {
+                status.epoch = order.epoch;
+                status.orchestrator.clone_from(&order.orchestrator);
+            });
         }
         Ok(then())
     }
@@ -212,20 +305,24 @@ impl Postgres {
     pub async fn start_as_it_is(&self, control: Option<&Control>) -> Result<(), Refusal> {
         if let Some(how) = self.half_built() {
             let message = format!("a {how:?} of its data was interrupted; only a clone helps");
-            return Err(Refusal::new("half_built", message));
+            return Err(Refusal::new(Code::HalfBuilt, message));
         }
         self.conf.free_timelines(control.map_or(0, |control| control.timeline))?;
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&self.settings.postgres_log)
-            .with_context(|| format!("open {}", self.settings.postgres_log.display()))?;
+        let path = self.settings.postgres_log.clone();
+        let open = move || {
+            let log = OpenOptions::new().create(true).append(true).open(&path);
+            log.with_context(|| format!("open {}", path.display()))
+        };
+        // A disk that hangs holds nobody else up.
+        let log = tokio::task::spawn_blocking(open).await.context("open Postgres' log")??;
         // An agent that is killed is a crash: Postgres ends at once, without waiting for anybody (children that do not end
         // are killed after 5 s). An orderly end of ours stops it before, in order.
         let mut command = self.command("postgres", "QUIT");
         command.arg("-D").arg(&self.settings.data);
         // A crashed backend ends the postmaster: what happens next is for the orchestrator to decide.
         command.args(["-c", "restart_after_crash=off"]);
+        // We read what it says, whatever its administrator's language.
+        command.args(["-c", "lc_messages=C"]);
         // What is this node's own must not be taken from a configuration that a rebuild copied from another.
         command.args(["-c", &format!("port={}", self.settings.port)]);
         command.args(["-c", &format!("cluster_name={}", self.settings.node)]);
@@ -289,12 +386,15 @@ impl Postgres {
         send(*self.pid.lock().unwrap_or_else(PoisonError::into_inner), signal)
     }
 
-    /// Until [`Postgres::rebuild`] is through the data is not to be started.
+    /// Until [`Postgres::rebuild`] is through the data is not to be started. A clone is made beside it, and marks it only when
+    /// it takes its place.
     ///
     /// # Errors
     /// When it cannot be made durable.
     pub fn begin_rebuild(&self, how: Rejoin) -> anyhow::Result<()> {
-        self.remember(|durable| durable.rebuilding = Some(how))?;
+        if how == Rejoin::Rewind {
+            self.remember(|durable| durable.rebuilding = Some(how))?;
+        }
         self.shared.postmaster(Postmaster::Rebuilding { how }, None);
         Ok(())
     }
@@ -303,35 +403,53 @@ impl Postgres {
     /// stopped, whatever was ordered meanwhile.
     ///
     /// # Errors
-    /// When the tool fails: the data must then not be started.
+    /// When the tool fails. Unless it had begun to change something, the data is what it was and can be started.
     pub async fn rebuild(
         &self,
         how: Rejoin,
         upstream: &Upstream,
         names: &BTreeSet<Node>,
         limit: Duration,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), Refusal> {
         let rewritten = async {
             match how {
                 Rejoin::Follow => {}
-                Rejoin::Rewind => self.rewind(upstream, limit).await?,
-                Rejoin::Clone => self.clone_from(upstream, limit).await?,
+                Rejoin::Rewind => {
+                    let rewound = self.rewind(upstream, limit).await;
+                    if rewound.as_ref().is_err_and(|failed| !failed.touched) {
+                        self.remember(|durable| durable.rebuilding = None)?;
+                    }
+                    rewound.map_err(|failed| failed.refusal)?;
+                }
+                Rejoin::Clone => {
+                    self.copy(upstream, limit).await?;
+                    self.remember(|durable| durable.rebuilding = Some(how))?;
+                    let conf = self.conf.clone();
+                    tokio::task::spawn_blocking(move || conf.take_copy())
+                        .await
+                        .context("put the copy in place")??;
+                }
             }
             // The tools bring the primary's own role along.
             self.configure(Some(upstream), Some(names))?;
             self.conf.mark_standby(true)?;
-            self.remember(|durable| (durable.rebuilding, durable.estranged) = (None, false))?;
-            self.shared.change(|status| status.estranged = false);
-            // A clone may be the first data this node has ever had: without its system id it could not be promoted.
-            self.control().await
+            self.remember(|durable| {
+                (durable.rebuilding, durable.estranged, durable.touched) = (None, false, false);
+            })?;
+            self.shared.change(|status| (status.estranged, status.touched) = (false, false));
+            let conf = self.conf.clone();
+            tokio::task::spawn_blocking(move || conf.drop_aside()).await.context("remove the old data")??;
+            Ok::<_, Refusal>(())
         };
         let result = rewritten.await;
         let outcome = if result.is_ok() { "done" } else { "failed" };
+        // A clone may be the first data this node has ever had: without its system id it could not be promoted.
+        let control = self.clone_for_tools().settled_control().await;
         self.shared.postmaster(
             Postmaster::Stopped { exit: Some(format!("{how:?} {outcome}")), clean: false, settled: true },
-            result.as_ref().ok().cloned().flatten(),
+            control,
         );
-        result.map(drop)
+        result
     }
 
     /// What the control file of the stopped node says; none when there is no data. Notes the system id.
@@ -373,19 +491,19 @@ fn send(pid: Option<Pid>, signal: Signal) -> bool {
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Refusal {
-    pub code: &'static str,
+    pub code: Code,
     pub message: String,
 }
 
 impl Refusal {
     #[must_use]
-    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
+    pub fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 }
 
 impl From<anyhow::Error> for Refusal {
     fn from(error: anyhow::Error) -> Self {
-        Self::new("failed", format!("{error:#}"))
+        Self::new(Code::Failed, format!("{error:#}"))
     }
 }

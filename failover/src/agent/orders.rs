@@ -21,7 +21,8 @@ use tokio::time::{Instant, timeout_at};
 use crate::agent::local::{Local, Ready};
 use crate::agent::node::{Postgres, Refusal};
 use crate::agent::procs;
-use crate::protocol::{Command, NodeStatus, Order, Postmaster, Sample, Stop};
+use crate::agent::symptoms;
+use crate::protocol::{Code, Command, NodeStatus, Order, Postmaster, Sample, Stop};
 
 const QUERY: Duration = Duration::from_secs(2);
 /// How often the effect of a reload or a promotion is looked for.
@@ -60,7 +61,7 @@ impl Orders {
     pub async fn carry_out(&self, command: Command) -> Result<NodeStatus, Refusal> {
         let changes_role = command.what.changes_role();
         // In one step with the epoch: the order of the higher epoch has the higher number, whichever came first.
-        let number = self.node.accept(command.epoch, || {
+        let number = self.node.accept(&command, || {
             if changes_role { self.next() } else { Ok(self.newest.load(Ordering::SeqCst)) }
         })??;
         let deadline = Instant::now() + Duration::from_millis(command.limit_ms.min(24 * 3_600_000));
@@ -73,10 +74,10 @@ impl Orders {
             Order::Lead { wait_for, slots, above } => {
                 self.lead(number, &wait_for, &slots, above, deadline).await
             }
-            Order::Stand { upstream, how, guard } => {
-                self.stand(number, &upstream, how, guard, deadline).await
+            Order::Stand { upstream, how, slots } => {
+                self.stand(number, &upstream, how, &slots, deadline).await
             }
-            Order::Wake { guard } => self.wake(number, guard, deadline).await,
+            Order::Wake => self.wake(number, deadline).await,
             Order::Detach => self.detach(number, deadline).await,
             Order::Halt { how } => self.halt(number, how, deadline).await,
             Order::WaitFor { nodes } => self.wait_for(number, &nodes, deadline).await,
@@ -89,7 +90,7 @@ impl Orders {
                     // Whoever tries again tells Postgres again.
                     self.node.doubt();
                 }
-                tracing::warn!(order = name, epoch = command.epoch, ?took, code = refusal.code, %refusal, "order not carried out")
+                tracing::warn!(order = name, epoch = command.epoch, ?took, code = ?refusal.code, %refusal, "order not carried out")
             }
         }
         result
@@ -100,7 +101,7 @@ impl Orders {
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |number| (number != ENDING).then(|| number + 1))
             .map(|before| before + 1)
             .map_err(|_| {
-                Refusal::new("ending", "the agent ends and stops its Postgres; try again when it is back")
+                Refusal::new(Code::Ending, "the agent ends and stops its Postgres; try again when it is back")
             })
     }
 
@@ -116,11 +117,11 @@ impl Orders {
     /// An order with this number may go on.
     fn check(&self, number: u64, deadline: Instant) -> Result<(), Refusal> {
         if self.newest.load(Ordering::SeqCst) != number {
-            return Err(Refusal::new("superseded", "a newer order came"));
+            return Err(Refusal::new(Code::Superseded, "a newer order came"));
         }
         if Instant::now() >= deadline {
             return Err(Refusal::new(
-                "timeout",
+                Code::Timeout,
                 format!("not within the time; the node is {:?}", self.status().postmaster),
             ));
         }
@@ -135,7 +136,7 @@ impl Orders {
     async fn lock(&self, number: u64, deadline: Instant) -> Result<MutexGuard<'_, ()>, Refusal> {
         let turn = timeout_at(deadline, self.turn.lock()).await;
         self.check(number, deadline)?;
-        turn.map_err(|_| Refusal::new("timeout", "another order has its turn for too long; try again"))
+        turn.map_err(|_| Refusal::new(Code::Timeout, "another order has its turn for too long; try again"))
     }
 
     /// The same, and the status it begins with: waits out a stop, and refuses while a tool rewrites the data.
@@ -149,7 +150,7 @@ impl Orders {
             let status = self.status();
             match status.postmaster {
                 Postmaster::Rebuilding { how } => {
-                    return Err(Refusal::new("busy", format!("a {how:?} rewrites the data")));
+                    return Err(Refusal::new(Code::Busy, format!("a {how:?} rewrites the data")));
                 }
                 Postmaster::Stopping | Postmaster::Stopped { settled: false, .. } => {
                     drop(turn);
@@ -160,7 +161,8 @@ impl Orders {
         }
     }
 
-    /// Clears up after an earlier postmaster, which may take seconds: whatever is started afterwards must still be wanted.
+    /// Clears up after an earlier postmaster, which may take seconds: whatever is started afterwards must still be wanted. The
+    /// order was given for the data that was seen: it is read again, and must be the same.
     async fn ready_to_start(
         &self,
         number: u64,
@@ -168,17 +170,41 @@ impl Orders {
         deadline: Instant,
     ) -> Result<(), Refusal> {
         if self.node.half_built().is_some() || status.control.is_none() {
-            return Err(Refusal::new("no_data", "there is no usable data; only a clone helps"));
+            return Err(Refusal::new(Code::NoData, "there is no usable data; only a clone helps"));
         }
+        self.is_ours()?;
         procs::sweep(&self.node.settings().data).await?;
+        let life = self.node.shared.life();
+        let control = self.node.control().await?;
+        if control != status.control {
+            self.node.shared.control(life, control);
+            let message =
+                "somebody has had its data in use since it was looked at: look again before you decide";
+            return Err(Refusal::new(Code::Changed, message));
+        }
         self.check(number, deadline)
     }
 
-    fn not_ended(&self, status: &NodeStatus) -> Result<(), Refusal> {
+    /// Nobody else's postmaster runs on the data.
+    fn is_ours(&self) -> Result<(), Refusal> {
+        if !self.node.note_foreign() {
+            return Ok(());
+        }
+        let data = self.node.settings().data.display();
+        let message = format!(
+            "a postmaster that the agent has not started runs on {data}: stop it (pg_ctl -D {data} stop -m fast), the agent must be its parent"
+        );
+        Err(Refusal::new(Code::Foreign, message))
+    }
+
+    /// `from`: where the log ended when that began.
+    fn not_ended(&self, status: &NodeStatus, from: u64) -> Result<(), Refusal> {
         if !status.is_stopped() {
             return Ok(());
         }
-        Err(Refusal::new("ended", format!("Postgres ended: {:?}{}", status.postmaster, self.log())))
+        let log = self.log(from);
+        let code = symptoms::of_log(&log).unwrap_or(Code::Ended);
+        Err(Refusal::new(code, format!("Postgres ended: {:?}{log}", status.postmaster)))
     }
 
     /// A fresh sample, also for everybody else.
@@ -208,7 +234,7 @@ impl Orders {
             procs::sweep(&self.node.settings().data).await?;
         }
         let status = self.settled(number, deadline).await?;
-        status.ok_or_else(|| Refusal::new("timeout", format!("still {:?}", self.status().postmaster)))
+        status.ok_or_else(|| Refusal::new(Code::Timeout, format!("still {:?}", self.status().postmaster)))
     }
 
     /// The status when Postgres and its last child are gone, or nothing when they are not in time.
@@ -222,7 +248,7 @@ impl Orders {
                 return Ok(Some(status));
             }
             if self.newest.load(Ordering::SeqCst) != number {
-                return Err(Refusal::new("superseded", "a newer order came"));
+                return Err(Refusal::new(Code::Superseded, "a newer order came"));
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -232,12 +258,19 @@ impl Orders {
         }
     }
 
-    /// The last lines of Postgres' log, which may be large.
-    fn log(&self) -> String {
+    /// Where Postgres' log ends now.
+    fn log_end(&self) -> u64 {
+        std::fs::metadata(&self.node.settings().postgres_log).map_or(0, |metadata| metadata.len())
+    }
+
+    /// The last lines of Postgres' log, which may be large, but of nothing before `from`.
+    fn log(&self, from: u64) -> String {
         let read = || {
             let mut file = std::fs::File::open(&self.node.settings().postgres_log)?;
             let end = file.seek(SeekFrom::End(0))?;
-            file.seek(SeekFrom::Start(end.saturating_sub(4096)))?;
+            // A log that was made anew is shorter.
+            let from = if from > end { 0 } else { from };
+            file.seek(SeekFrom::Start(end.saturating_sub(4096).max(from)))?;
             let mut bytes = Vec::new();
             file.take(4096).read_to_end(&mut bytes)?;
             std::io::Result::Ok(String::from_utf8_lossy(&bytes).into_owned())

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::time::Instant;
@@ -32,7 +32,17 @@ pub fn inside(data: &Path) -> Vec<i32> {
 fn works_in(pid: i32, data: &Path) -> bool {
     std::fs::read_link(format!("/proc/{pid}/cwd")).is_ok_and(|cwd| cwd == data)
         // Somebody's shell may be there too; it is not ours to end.
-        && std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("postgres"))
+        && std::fs::read_to_string(format!("/proc/{pid}/comm"))
+            .is_ok_and(|name| name.starts_with("postgres") || name.starts_with("postmaster"))
+}
+
+/// The living postmaster of `data`, by its lock file.
+#[must_use]
+pub fn postmaster(data: &Path) -> Option<Pid> {
+    let text = std::fs::read_to_string(data.join("postmaster.pid")).ok()?;
+    let pid = text.lines().next()?.trim().parse::<i32>().ok()?;
+    let living = works_in(pid, &data.canonicalize().ok()?) && !is_exiting(Pid::from_raw(pid));
+    living.then(|| Pid::from_raw(pid))
 }
 
 /// Whether a process will never run a line of its own again: the kernel is taking it apart, or has done so and its parent
@@ -71,7 +81,7 @@ pub async fn sweep(data: &Path) -> anyhow::Result<()> {
         // Looking at every process of the machine takes milliseconds; after that, only at these.
         let mut left = inside(&data);
         if left.is_empty() {
-            return Ok(());
+            return forget_dead(&data);
         }
         for pid in left.iter().map(|pid| Pid::from_raw(*pid)) {
             priority::last(pid);
@@ -91,9 +101,60 @@ pub async fn sweep(data: &Path) -> anyhow::Result<()> {
     }
 }
 
+/// Removes the lock file of a postmaster that is gone. Postgres and `pg_rewind` take every process of their account that has
+/// its number for a living postmaster: one that nobody has reaped yet, and after a restart of the machine whoever was given
+/// the number since. Nobody starts it then, and a rewind that fails would end in a clone.
+///
+/// # Errors
+/// When it cannot be removed.
+pub fn forget_dead(data: &Path) -> anyhow::Result<()> {
+    let path = data.join("postmaster.pid");
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(()) };
+    let named = text.lines().next().and_then(|line| line.trim().parse::<i32>().ok());
+    // One that has just been written names nobody yet.
+    let Some(pid) = named else { return Ok(()) };
+    if postmaster(data).is_some() {
+        return Ok(());
+    }
+    tracing::info!(pid, "the lock file of a postmaster that is gone was removed");
+    std::fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_living_postmaster_of_this_data_keeps_its_lock_file() {
+        let data = tempfile::tempdir().unwrap();
+        let lock = data.path().join("postmaster.pid");
+        let kept = |pid: &dyn std::fmt::Display| {
+            std::fs::write(&lock, format!("{pid}\n/somewhere\n")).unwrap();
+            forget_dead(data.path()).unwrap();
+            lock.exists()
+        };
+        // The number was given to somebody else.
+        assert!(!kept(&std::process::id()));
+        assert!(kept(&""), "it is being written");
+        // A program that is called postgres and works there, as a postmaster does.
+        let program = data.path().join("postgres");
+        std::fs::copy("/bin/sleep", &program).unwrap();
+        let mut child =
+            std::process::Command::new(&program).arg("60").current_dir(data.path()).spawn().unwrap();
+        let pid = child.id();
+        let deadline = std::time::Instant::now() + LIMIT;
+        while inside(data.path()).is_empty() {
+            assert!(std::time::Instant::now() < deadline, "not seen");
+        }
+        assert!(kept(&pid));
+        child.kill().unwrap();
+        while !is_exiting(Pid::from_raw(pid.cast_signed())) {
+            assert!(std::time::Instant::now() < deadline, "killed, and it goes on");
+        }
+        assert!(!kept(&pid), "nobody has reaped it");
+        child.wait().unwrap();
+        assert!(!kept(&pid), "gone");
+    }
 
     #[test]
     fn a_killed_process_is_exiting_until_it_is_reaped() {

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::time::timeout;
+use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::local::{Local, Ready, Session};
@@ -20,7 +22,10 @@ const RECONNECT: Duration = Duration::from_millis(10);
 
 /// What the agent keeps in Postgres: the epochs and the marker. In database `postgres`, so that the application's own
 /// owner cannot touch it. The replication role may read files for `pg_rewind`.
-pub const SCHEMA: &str = "
+///
+/// Made by whoever comes first, the markers or an order; the other waits: `IF NOT EXISTS` does not see what is not committed.
+const SCHEMA: &str = "
+SELECT pg_advisory_xact_lock(hashtext('tier0_failover'));
 CREATE SCHEMA IF NOT EXISTS tier0_failover;
 CREATE TABLE IF NOT EXISTS tier0_failover.epoch (epoch bigint PRIMARY KEY, node text NOT NULL, at timestamptz NOT NULL DEFAULT clock_timestamp());
 CREATE TABLE IF NOT EXISTS tier0_failover.marker (one boolean PRIMARY KEY DEFAULT true CHECK (one), number bigint NOT NULL);
@@ -39,6 +44,8 @@ pub fn grants(role: &str) -> String {
     ]
     .iter()
     .map(|function| format!("GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO \"{role}\";\n"))
+    // Before a copy it asks how large it will be.
+    .chain([format!("GRANT pg_read_all_stats TO \"{role}\";\n")])
     .collect()
 }
 
@@ -77,11 +84,7 @@ pub async fn sample(
         }
         let current = match session.take().filter(|(of, _)| *of == life) {
             Some((_, session)) => Some(session),
-            None => local
-                .open()
-                .await
-                .map_err(|error| tracing::debug!(error = format!("{error:#}"), "no session"))
-                .ok(),
+            None => local.open().await.map_err(|error| shared.trouble(life, format!("{error:#}"))).ok(),
         };
         pause = RECONNECT;
         if let Some(current) = current {
@@ -97,7 +100,7 @@ pub async fn sample(
                     session = kept.map(|kept| (life, kept));
                     pause = every;
                 }
-                Err(error) => tracing::debug!(error = format!("{error:#}"), "no sample"),
+                Err(error) => shared.trouble(life, format!("{error:#}")),
             }
         }
     }
@@ -155,25 +158,40 @@ pub async fn mark(
                 continue;
             }
         };
+        let patience = session.run("SET lock_timeout = '1s'", LIMIT);
+        if let Err(error) = patience.await {
+            tracing::debug!(error = format!("{error:#}"), "no session for markers");
+            continue;
+        }
         if let Err(error) = prepare(&session, &replication_role, PREPARE).await {
             tracing::warn!(error = format!("{error:#}"), "no schema for markers yet");
             continue;
         }
         loop {
-            let next = session
-                .client
-                .query_one("UPDATE tier0_failover.marker SET number = number + 1 RETURNING number", &[]);
+            shared.pending(true);
             let marked = tokio::select! {
                 () = shutdown.cancelled() => return,
-                marked = next => marked,
+                marked = session.client.query_one(MARK, &[]) => marked,
             };
-            match marked.and_then(|row| row.try_get::<_, i64>(0)) {
-                Ok(number) => acknowledge(&shared, number),
+            match marked {
+                Ok(row) => acknowledge(&shared, life, &row),
+                // Somebody holds a lock on it. That is no evidence against the primary, which commits other things.
+                Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                    tracing::warn!("somebody holds a lock on tier0_failover.marker");
+                    let committed = tokio::select! {
+                        () = shutdown.cancelled() => return,
+                        committed = session.client.batch_execute(BEAT) => committed,
+                    };
+                    if committed.is_ok() {
+                        shared.beat();
+                    }
+                }
                 Err(error) => {
                     tracing::debug!(%error, "marker not committed");
                     break;
                 }
             }
+            shared.pending(false);
             if timeout(every, shutdown.cancelled()).await.is_ok() {
                 return;
             }
@@ -181,10 +199,19 @@ pub async fn mark(
                 break;
             }
         }
+        shared.pending(false);
     }
 }
 
-/// Notes the number of a committed marker.
-pub fn acknowledge(shared: &Shared, number: i64) {
-    shared.marker(u64::try_from(number).unwrap_or(0));
+/// The position is of before the commit: whoever has acknowledged it has at least so much.
+pub const MARK: &str = "UPDATE tier0_failover.marker SET number = number + 1 \
+     RETURNING number, pg_current_wal_insert_lsn()::text";
+/// A commit that needs no table.
+const BEAT: &str = "SELECT pg_logical_emit_message(true, 'tier0_failover', '')";
+
+/// Notes a committed marker.
+pub fn acknowledge(shared: &Shared, life: u64, row: &Row) {
+    let number: i64 = row.try_get(0).unwrap_or(0);
+    let position: &str = row.try_get(1).unwrap_or_default();
+    shared.marker(life, u64::try_from(number).unwrap_or(0), position.parse().unwrap_or_default());
 }

@@ -6,6 +6,8 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
+use crate::agent::conf::GUARD;
+use crate::lsn::Lsn;
 use crate::protocol::{Control, NodeStatus, Postmaster, Sample, millis};
 
 /// Shared by the agent's tasks.
@@ -28,19 +30,7 @@ struct Inner {
 impl Shared {
     #[must_use]
     pub fn new(node: &str, boot: u64, epoch: u64) -> Self {
-        let status = NodeStatus {
-            node: node.to_owned(),
-            boot,
-            seq: 1,
-            epoch,
-            system_id: String::new(),
-            postmaster: Postmaster::Stopped { exit: None, clean: false, settled: false },
-            upstream: None,
-            sample: None,
-            control: None,
-            marker: 0,
-            estranged: false,
-        };
+        let status = NodeStatus { boot, epoch, ..NodeStatus::unseen(node) };
         let inner = Inner { status, sampled: Instant::now(), life: 0 };
         Self { inner: Mutex::new(inner), changed: watch::Sender::new(1), session_ended: Arc::default() }
     }
@@ -81,6 +71,12 @@ impl Shared {
         if !matches!(postmaster, Postmaster::Running | Postmaster::Stopping) {
             inner.life += 1;
             inner.status.sample = None;
+            inner.status.trouble = None;
+            inner.status.guarded = false;
+        }
+        // What was acknowledged before it ended counts for whoever is to follow it.
+        if postmaster == Postmaster::Starting {
+            inner.status.acknowledged = Lsn::default();
         }
         inner.status.control = control;
         inner.status.postmaster = postmaster;
@@ -110,10 +106,35 @@ impl Shared {
         }
     }
 
-    /// The number of a marker that was acknowledged.
-    pub fn marker(&self, number: u64) {
+    /// A marker was acknowledged: its number, and a position that precedes its commit.
+    pub fn marker(&self, life: u64, number: u64, position: Lsn) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        inner.status.marker = inner.status.marker.max(number);
+        let status = &mut inner.status;
+        status.marker = status.marker.max(number);
+        status.beat += 1;
+        if inner.life == life {
+            inner.status.acknowledged = inner.status.acknowledged.max(position);
+        }
+    }
+
+    /// A commit of ours begins or ends.
+    pub fn pending(&self, pending: bool) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).status.pending = pending;
+    }
+
+    /// Something else of ours was committed: the marker is locked, and the primary works.
+    pub fn beat(&self) {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).status.beat += 1;
+    }
+
+    /// Why Postgres cannot be asked now.
+    pub fn trouble(&self, life: u64, trouble: String) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.life == life && inner.status.trouble.as_ref() != Some(&trouble) {
+            tracing::warn!(trouble, "Postgres cannot be asked");
+            inner.status.trouble = Some(trouble);
+            self.wake(&mut inner);
+        }
     }
 
     /// What Postgres says; dropped when it is from an earlier life. The first sample proves that it runs. Wakes only
@@ -128,6 +149,14 @@ impl Shared {
             tracing::info!(recovery = sample.in_recovery, timeline = sample.timeline, "Postgres answers");
             inner.status.postmaster = Postmaster::Running;
         }
+        let guards = sample.wait_for.iter().all(|name| name == GUARD) && !sample.wait_for.is_empty();
+        // Of one that was never seen as a standby nobody knows what it did before.
+        let was_guarded = inner.status.guarded
+            || inner.status.sample.as_ref().is_some_and(|before| before.in_recovery && guards);
+        let guarded = guards && !sample.in_recovery && was_guarded;
+        let matters = matters || guarded != inner.status.guarded || inner.status.trouble.is_some();
+        inner.status.guarded = guarded;
+        inner.status.trouble = None;
         inner.status.sample = Some(sample);
         inner.sampled = Instant::now();
         if matters {

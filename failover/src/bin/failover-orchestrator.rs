@@ -12,6 +12,7 @@ use failover::orchestrator::api::{self, Api, Bucket};
 use failover::orchestrator::engine::Engine;
 use failover::orchestrator::metrics::Metrics;
 use failover::orchestrator::probe::Probe;
+use failover::orchestrator::redis::keep::Keeper;
 use failover::orchestrator::redis::{self, Redis};
 use failover::orchestrator::remote::Remote;
 use failover::orchestrator::settings::OrchestratorSettings;
@@ -80,6 +81,11 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
     let remote = Arc::new(Remote::new(addresses.clone(), own.agent_token.clone(), store, watched.clone())?);
     let redis = Redis::new(&settings.redis)?;
     let shutdown = process.shutdown();
+    let ticking = watch::clock(watched.clone(), shutdown.clone());
+    process.start("clock", async {
+        ticking.await;
+        Ok(())
+    });
     for (node, address) in addresses {
         let seconds = metrics.probe.with_label_values(&[node.as_str()]);
         let probe = Probe {
@@ -104,9 +110,16 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
     }
     let (seen_redis, redis_report) = tokio::sync::watch::channel(redis::unseen(redis.is_some()));
     if let Some(redis) = redis.clone() {
-        let watching = redis::watch(redis, seen_redis, metrics.redis_up.clone(), shutdown.clone());
-        process.start("watch-redis", async {
-            watching.await;
+        let keeper = Keeper {
+            redis,
+            remote: remote.clone(),
+            seen: seen_redis,
+            known: metrics.redis_up.clone(),
+            follows: metrics.redis_follows.clone(),
+        };
+        let keeping = keeper.run(shutdown.clone());
+        process.start("keep-redis", async {
+            keeping.await;
             Ok(())
         });
     }
@@ -117,11 +130,13 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
         rules: rules.clone(),
         first_primary: own.first_primary.clone(),
         redis,
+        redis_seen: redis_report.clone(),
         metrics: metrics.clone(),
         tracer: Tracer::start(&settings.traces, "failover-orchestrator", &registry, &mut process)?,
         asked: questions,
         ready: health.dependency("primary"),
         not_again_before: std::time::Duration::ZERO,
+        told: None,
     };
     process.start("engine", async move { engine.run(shutdown).await.context("the engine stopped") });
     let api = Api {

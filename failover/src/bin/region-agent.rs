@@ -81,6 +81,12 @@ async fn run(settings: AgentSettings) -> anyhow::Result<()> {
         Ok(())
     });
     let grace = agent.grace;
+    let guarding = api.clone();
+    let until = shutdown.clone();
+    process.start("guard", async move {
+        guarding.orders.node().guard(until).await;
+        Ok(())
+    });
     process.start("postgres", async move {
         shutdown.cancelled().await;
         api.orders.end(Instant::now() + grace).await?;

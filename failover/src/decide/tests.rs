@@ -21,18 +21,15 @@ pub(crate) fn seen(
     sample: Option<Sample>,
     control: Option<Control>,
 ) -> Seen {
+    let empty = control.is_none() && sample.is_none();
     let status = NodeStatus {
-        node: node.into(),
-        boot: 1,
-        seq: 1,
         epoch: 1,
         system_id: "s".into(),
         postmaster,
-        upstream: None,
         sample,
         control,
-        marker: 0,
-        estranged: false,
+        empty,
+        ..NodeStatus::unseen(node)
     };
     Seen { status: Some(status), heard: Some(NOW), probed: Some(NOW), ..Seen::default() }
 }
@@ -68,46 +65,64 @@ fn empty(node: &str) -> Seen {
 
 fn attached(node: &str) -> Attached {
     let lsn = "0/5000000".parse().unwrap();
-    Attached { node: node.into(), streaming: true, sync: true, flushed: lsn, replayed: lsn }
+    Attached {
+        node: node.into(),
+        streaming: true,
+        sync: true,
+        slot: Some(node.into()),
+        flushed: lsn,
+        replayed: lsn,
+    }
 }
 
 fn state(primary: &str, wait_for: &[&str]) -> State {
     let wait_for = wait_for.iter().map(|node| (*node).to_owned()).collect();
-    State::first(primary.into(), "s".into(), wait_for)
+    let mut state = State::first(primary.into(), "s".into(), wait_for);
+    state.above = 2;
+    state
 }
 
 fn decided(state: &State, a: Seen, b: Seen) -> Action {
-    decide(state, &View { nodes: [("a".to_owned(), a), ("b".to_owned(), b)].into() }, &rules(), NOW)
+    decide(
+        state,
+        &View { nodes: [("a".to_owned(), a), ("b".to_owned(), b)].into(), ..View::default() },
+        &rules(),
+        NOW,
+    )
 }
 
 #[test]
-fn a_former_primary_is_rewound_unless_its_timeline_is_the_leaders() {
+fn a_former_primary_is_rewound_unless_its_timeline_is_not_below_the_leaders() {
     let back = |timeline, clean, standby| {
         let b = stopped("b", timeline, clean, standby);
         match decided(&state("a", &[]), leads("a", 3, &[], vec![]), b) {
-            Action::Rejoin { how, .. } => how,
+            Action::Rejoin { how, .. } => Some(how),
+            // Two histories under one number: it was promoted by somebody, and may have what nobody else has.
+            Action::Keep { .. } if timeline == 3 => None,
+            // Somebody led after ours.
+            Action::Nothing if timeline == 4 => None,
             other => panic!("{other:?}"),
         }
     };
     for (timeline, clean, standby, expected) in [
-        (2, "in production", false, Rejoin::Rewind),
-        // pg_rewind says that there is nothing to do, whatever the histories are; streaming would mix them.
-        (3, "in production", false, Rejoin::Clone),
-        (4, "in production", false, Rejoin::Clone),
-        (3, "shut down", false, Rejoin::Clone),
-        (2, "shut down", false, Rejoin::Follow),
-        (3, "shut down in recovery", true, Rejoin::Follow),
-        (2, "in archive recovery", true, Rejoin::Follow),
+        (2, "in production", false, Some(Rejoin::Rewind)),
+        (3, "in production", false, None),
+        (4, "in production", false, None),
+        (3, "shut down", false, None),
+        (2, "shut down", false, Some(Rejoin::Follow)),
+        (3, "shut down in recovery", true, Some(Rejoin::Follow)),
+        (2, "in archive recovery", true, Some(Rejoin::Follow)),
     ] {
         assert_eq!(back(timeline, clean, standby), expected, "{timeline} {clean} {standby}");
     }
     // Woken, it runs as a standby like any other, and still must not follow.
-    for (timeline, expected) in [(2, Rejoin::Rewind), (3, Rejoin::Clone)] {
+    let woken = |timeline| {
         let mut b = seen("b", Postmaster::Running, Some(sample(true, timeline, &[], vec![])), None);
         b.status.as_mut().unwrap().estranged = true;
-        let action = decided(&state("a", &[]), leads("a", 3, &[], vec![]), b);
-        assert_eq!(action, Action::Rejoin { node: "b".into(), how: expected });
-    }
+        decided(&state("a", &[]), leads("a", 3, &[], vec![]), b)
+    };
+    assert_eq!(woken(2), Action::Rejoin { node: "b".into(), how: Rejoin::Rewind });
+    assert!(matches!(woken(3), Action::Keep { .. }));
 }
 
 #[test]
@@ -139,6 +154,7 @@ fn paused_touches_no_node_and_still_gives_a_dead_standby_up() {
     paused.mode = Mode::Paused;
     let away = |since: u64| Seen {
         absent_since: Some(NOW - Duration::from_secs(since)),
+        absent_for: Duration::from_secs(since),
         ..stopped("b", 1, "shut down in recovery", true)
     };
     let a = |wait_for: &[&str], standbys| leads("a", 1, wait_for, standbys);
@@ -148,7 +164,11 @@ fn paused_touches_no_node_and_still_gives_a_dead_standby_up() {
     assert_eq!(decided(&paused, a(&["b"], vec![]), away(4)), Action::WaitFor);
     assert_eq!(decided(&paused, a(&[], vec![]), away(60)), Action::Nothing, "nobody starts it");
     // Somebody has started it: two copies again.
-    let back = || seen("b", Postmaster::Running, Some(sample(true, 1, &[], vec![])), None);
+    let back = || {
+        let receiver = crate::protocol::Receiver { streaming: true, host: "h".into(), port: 1, silent_ms: 0 };
+        let sample = Sample { receiver: Some(receiver), ..sample(true, 1, &[], vec![]) };
+        seen("b", Postmaster::Running, Some(sample), None)
+    };
     assert_eq!(decided(&paused, a(&[], vec![attached("b")]), back()), Action::Widen { node: "b".into() });
     for gone in [stopped("a", 1, "in production", false), empty("a")] {
         assert_eq!(decided(&paused, gone, back()), Action::Nothing, "nobody is promoted");

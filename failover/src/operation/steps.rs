@@ -10,10 +10,10 @@ use futures_util::future::{Either, join_all, select};
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Kind, Operation, Step};
+use super::{Kind, Operation, Step, StepStatus};
 use crate::hands::{Hands, OrderError};
 use crate::lsn::Lsn;
-use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop, millis};
+use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop, Upstream, millis};
 use crate::state::State;
 
 /// An answer that must come at once: to detach, to promote.
@@ -21,7 +21,7 @@ const SWIFT: Duration = Duration::from_secs(3);
 /// A checkpoint ahead of a planned stop, which nobody waits for.
 const CHECKPOINT: Duration = Duration::from_secs(120);
 /// A fast stop: writers wait from here on. Longer, and the old primary is better left in charge.
-const STOP: Duration = Duration::from_secs(10);
+const STOP: Duration = Duration::from_secs(5);
 /// To bring the decided target into office.
 const PROMOTE: Duration = Duration::from_secs(30);
 /// The fence holds once one member of the sync set is detached. Others that answer within this time are kept; writers
@@ -41,7 +41,20 @@ pub(super) async fn carry_out<H: Hands>(
         Step::Prepare => {
             // The first writes what has gathered, the second what came meanwhile, so that the stop's own is short.
             for _ in 0..2 {
-                hands.order(&operation.source, epoch, Order::Checkpoint, CHECKPOINT).await.map_err(text)?;
+                let source = &operation.source;
+                let status = hands.order(source, epoch, Order::Checkpoint, CHECKPOINT).await.map_err(text)?;
+                operation.acknowledged = operation.acknowledged.max(status.acknowledged);
+                // Somebody may have had its commits wait for nobody since these were confirmed.
+                let waits = status.sample.map(|sample| sample.wait_for).unwrap_or_default();
+                let left_out: Vec<Node> = state.sync_set.difference(&waits).cloned().collect();
+                if !left_out.is_empty() {
+                    // Undoing it makes them wait again, and what was acknowledged meanwhile would be forgotten.
+                    left_out.iter().for_each(|node| state.distrust(node));
+                    return Err(format!(
+                        "commits of {source} do not wait for {}, whatever was ordered; try again in a moment",
+                        left_out.join(", ")
+                    ));
+                }
             }
             Ok(format!("checkpoint on {}", operation.source))
         }
@@ -64,10 +77,20 @@ fn text(error: OrderError) -> String {
     error.to_string()
 }
 
-/// Planned: a fast stop with the target attached. What it wrote last is the shutdown checkpoint; the target must have it.
+/// Planned: a fast stop with the target attached. What it wrote last is the shutdown checkpoint; the target must have it. A stop
+/// that does not end (somebody who archives and never confirms the last bit keeps it waiting), or a source that is lost on
+/// the way, ends like an unplanned failover: the target has everything that was acknowledged.
 async fn stop_source<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
     let source = operation.source.clone();
-    let status = hands.order(&source, epoch, Order::Halt { how: Stop::Fast }, STOP).await.map_err(text)?;
+    let status = match hands.order(&source, epoch, Order::Halt { how: Stop::Fast }, STOP).await {
+        Ok(status) => status,
+        Err(error) if operation.sync_set_before.contains(&operation.target) => {
+            operation.kind = Kind::Unplanned;
+            let held = fence(hands, epoch, operation).await?;
+            return Ok(format!("{source} did not stop in time ({error}); {held}"));
+        }
+        Err(error) => return Err(error.to_string()),
+    };
     let control = status.control.filter(|control| control.state == "shut down" && !control.standby);
     let Some(control) = control else { return Err(format!("{source} did not shut down cleanly")) };
     operation.source_lsn = Some(control.checkpoint);
@@ -98,12 +121,20 @@ async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Re
         Either::Right((halted, detach)) => (detach.await, Some(halted)),
     };
     let stopped = halted.is_some_and(|halted| halted.is_ok_and(|status| status.is_stopped()));
-    let mut reached = BTreeMap::new();
+    let (mut reached, mut timelines) = (BTreeMap::new(), BTreeMap::new());
     let mut problems = Vec::new();
     for (node, answer) in detached {
         match answer {
             Ok(status) => match received(&status) {
-                Some(lsn) => drop(reached.insert(node, lsn)),
+                // Whatever it is called, it has not acknowledged what its primary was told. It may still be reading its own WAL.
+                Some(lsn) if lsn < operation.acknowledged && !forced => problems.push(format!(
+                    "{node} has {lsn}, but {} was acknowledged by {}",
+                    operation.acknowledged, operation.source
+                )),
+                Some(lsn) => {
+                    timelines.insert(node.clone(), status.timeline());
+                    reached.insert(node, lsn);
+                }
                 None => problems.push(format!("{node} does not run")),
             },
             Err(error) => problems.push(error.to_string()),
@@ -127,6 +158,11 @@ async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Re
         },
     };
     operation.target_lsn = Some(chosen.1);
+    // Positions can be compared within one history only.
+    let behind = reached.iter().filter(|(node, lsn)| {
+        **node != chosen.0 && **lsn <= chosen.1 && timelines.get(*node) == timelines.get(&chosen.0)
+    });
+    operation.behind = behind.map(|(node, _)| node.clone()).collect();
     keep(operation, &chosen.0, &reached);
     let held = if stopped {
         format!("{} is stopped", operation.source)
@@ -226,10 +262,9 @@ async fn repoint<H: Hands>(
     };
     let planned = (operation.kind == Kind::Planned).then_some(&operation.source);
     let nodes = operation.standbys.iter().filter(|node| **node != operation.target).chain(planned);
-    let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
     let epoch = state.epoch;
     let answers = join_all(nodes.map(|node| {
-        let order = order.clone();
+        let order = stand(operation, upstream, node);
         async move { (node.clone(), hands.order(node, epoch, order, SWIFT).await) }
     }))
     .await;
@@ -319,10 +354,11 @@ pub(super) async fn undo<H: Hands>(
     state.epoch += 1;
     state.operation = Some(operation.clone());
     hands.save(state)?;
-    let planned = operation.kind == Kind::Planned;
+    // Also one that became unplanned on the way has been told to stop.
+    let planned = operation.kind == Kind::Planned || operation.completed == Step::Prepare;
     if !planned || operation.completed < Step::Prepare && operation.steps.len() < 2 {
         let detail = "nothing was changed that the upkeep does not put back".to_owned();
-        operation.record("undo", started, "rolled_back", detail.clone());
+        operation.record("undo", started, StepStatus::RolledBack, detail.clone());
         return Ok(detail);
     }
     let lead = Order::Lead {
@@ -336,7 +372,7 @@ pub(super) async fn undo<H: Hands>(
         Err(error) => details.push(format!("{} is to be started by the upkeep ({error})", operation.source)),
     }
     if let Some(upstream) = operation.addresses.get(&operation.source) {
-        let order = Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, guard: operation.guard };
+        let order = stand(operation, upstream, &operation.target);
         match hands.order(&operation.target, state.epoch, order, SWIFT).await {
             Ok(_) => details.push(format!("{} streams from it", operation.target)),
             Err(error) => {
@@ -344,8 +380,13 @@ pub(super) async fn undo<H: Hands>(
             }
         }
     }
-    operation.record("undo", started, "rolled_back", details.join("; "));
+    operation.record("undo", started, StepStatus::RolledBack, details.join("; "));
     Ok(details.join("; "))
+}
+
+fn stand(operation: &Operation, upstream: &Upstream, node: &str) -> Order {
+    let slots = operation.addresses.keys().filter(|other| *other != node).cloned().collect();
+    Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, slots }
 }
 
 fn received(status: &NodeStatus) -> Option<Lsn> {

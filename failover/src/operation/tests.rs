@@ -78,8 +78,8 @@ async fn taken_over(
             .into(),
         timeline: 1,
         marker: 0,
+        acknowledged: Lsn::default(),
         bytes_at_risk: Some(0),
-        guard: false,
         two_copies: false,
     };
     let (operation, failure) = begin(&hands, &mut state, request, Instant::now()).await.unwrap();

@@ -1,5 +1,6 @@
 //! The HTTP that people and scripts use; see the contract. Whatever changes something needs the token.
 
+mod person;
 mod plan;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,6 +32,7 @@ use crate::protocol::Problem;
 use crate::state::{Answered, Mode};
 use crate::token;
 
+pub use person::{__path_adopt, __path_discard, AdoptPlan, adopt, discard};
 pub use plan::Plan;
 
 /// Where callers find what they may ask.
@@ -92,6 +94,8 @@ pub fn routes(api: Arc<Api>) -> Router {
     let guarded = Router::new()
         .route("/failover/{region}", post(failover))
         .route("/mode", post(mode))
+        .route("/adopt/{region}", post(adopt))
+        .route("/discard/{region}", post(discard))
         // Of these routes only: what is not there is not there for anybody, and costs nobody's rate.
         .route_layer(middleware::from_fn_with_state(api.clone(), admit));
     Router::new()
@@ -143,14 +147,26 @@ async fn admit(State(api): State<Arc<Api>>, request: Request<Body>, next: Next) 
     next.run(request).await
 }
 
+/// Why there is no state yet.
+fn starting(api: &Api) -> Response {
+    let reason = api.remote.waiting.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let reason = if reason.is_empty() { "see GET /health".to_owned() } else { reason };
+    problem(503, "starting", format!("no primary is known yet: {reason}"), serde_json::Value::Null)
+}
+
+/// Who asks, for the record.
+fn actor(headers: &HeaderMap) -> String {
+    let actor = headers.get("x-actor").and_then(|value| value.to_str().ok()).unwrap_or("api");
+    actor.chars().filter(|c| !c.is_control()).take(100).collect()
+}
+
 /// What is going on.
 #[utoipa::path(get, path = "/status", responses(
     (status = 200, body = Status), (status = 503, description = "not started yet", body = Problem)))]
 pub async fn status(State(api): State<Arc<Api>>) -> Response {
-    let Some(state) = api.remote.state() else {
-        return problem(503, "starting", "no primary is known yet; see GET /health", serde_json::Value::Null);
-    };
+    let Some(state) = api.remote.state() else { return starting(&api) };
     let (view, now) = (api.remote.watched.view(), api.remote.watched.now());
+    let doubts = view.doubts(&state, now, &api.rules.policy);
     let last = {
         let history = api.history.lock().unwrap_or_else(PoisonError::into_inner);
         history.entries().last().map(report::report)
@@ -159,6 +175,9 @@ pub async fn status(State(api): State<Arc<Api>>) -> Response {
         current_region: state.primary.clone(),
         primary_condition: report::condition(&view.condition(&state.primary, now, &api.rules.policy)),
         epoch: state.epoch,
+        orchestrator: state.id.clone(),
+        doubts: doubts.iter().map(ToString::to_string).collect(),
+        writers_see: report::writers_see(&view, &api.rules, now),
         mode: state.mode,
         copies: api.rules.copies,
         sync_set: state.sync_set.clone(),
@@ -169,7 +188,11 @@ pub async fn status(State(api): State<Arc<Api>>) -> Response {
         failover_count: state.failovers,
         failover_under_way: state.operation.is_some(),
         last_failover: last,
-        alarms: report::alarms(&state, &view, &api.rules, now),
+        alarms: report::alarms(&state, &view, &api.rules, now)
+            .into_iter()
+            .chain(api.remote.alarm())
+            .chain(api.redis.borrow().alarms.clone())
+            .collect(),
     })
     .into_response()
 }
@@ -270,8 +293,7 @@ pub async fn failover(
         let message = "another failover is under way; see GET /status";
         return problem(409, "under_way", message, serde_json::Value::Null);
     }
-    let actor = headers.get("x-actor").and_then(|value| value.to_str().ok()).unwrap_or("api");
-    let actor: String = actor.chars().filter(|c| !c.is_control()).take(100).collect();
+    let actor = actor(&headers);
     let (reply, answer) = oneshot::channel();
     let sent = api.asked.try_send(Asked::Change { question, answered, id, actor, reply });
     let answer = match sent {

@@ -9,7 +9,7 @@ use crate::decide::Rules;
 use crate::operation::Kind;
 use crate::protocol::Node;
 use crate::state::{Copies, Mode, State};
-use crate::view::{Condition, View};
+use crate::view::{Condition, Doubt, View};
 
 /// What is asked.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -57,6 +57,8 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
     bench.check("region", rules.addresses.contains_key(target), 400, "unknown_region", || {
         format!("{target} is not one of {}", known.join(", "))
     });
+    let doubts = view.doubts(state, now, policy);
+    bench.check("state_is_true", doubts.is_empty(), 409, "state_in_doubt", || in_doubt(&doubts));
     bench.check("not_there_already", target != primary, 409, "already_there", || {
         format!("{target} is the primary already")
     });
@@ -76,17 +78,23 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
     let condition = view.condition(primary, now, policy);
     let source = view.node(primary);
     let source_lsn = source.map(|seen| seen.lsn()).unwrap_or_default();
-    let lag = source_lsn.since(seen.map(|seen| seen.lsn()).unwrap_or_default());
+    // What is received and not replayed has to be replayed before the target can lead.
+    let position = seen.map(|seen| {
+        let replayed = seen.sample(now, policy).and_then(|sample| sample.replayed);
+        replayed.map_or(seen.lsn(), |replayed| replayed.min(seen.lsn()))
+    });
+    let lag = source_lsn.since(position.unwrap_or_default());
     let sync_detail = || {
         format!("{target} is not known to hold every acknowledged commit (sync set: {:?})", state.sync_set)
     };
     let mut bytes_at_risk = Some(0);
     // What the source wrote last is known only while it was seen, and comparable only on the same timeline.
     let known = source.and_then(|seen| seen.status.as_ref()).map_or(0, |status| status.timeline());
+    let behind = source_lsn.since(seen.map(|seen| seen.lsn()).unwrap_or_default());
     let same = seen
         .and_then(|seen| seen.status.as_ref())
         .is_some_and(|status| known > 0 && known == status.timeline() && !status.estranged);
-    let risk = if in_sync { Some(0) } else { same.then_some(lag) };
+    let risk = if in_sync { Some(0) } else { same.then_some(behind) };
     let risk_detail = || match risk {
         Some(bytes) => format!("at least {bytes} bytes are at risk"),
         None => "how much would be lost is not known".to_owned(),
@@ -103,7 +111,13 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
              stays away, {hint}"
         )
     };
+    let stalled = view.stalled(primary, &state.wait_for, now, policy).is_some();
     let kind = match condition {
+        // It takes no part any more; its standby fences it.
+        Condition::Alive if stalled && in_sync => {
+            bench.check("target_runs", candidate, 412, "target_not_running", not_running);
+            Kind::Unplanned
+        }
         Condition::Alive => {
             bench.check("target_runs", candidate, 412, "target_not_running", || {
                 format!("{target} is not a running standby of this cluster, or its agent is not heard; see GET /status")
@@ -126,7 +140,7 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
                 "target_lagging",
                 || {
                     format!(
-                        "{target} is {lag} bytes behind (limit {}); wait, or add force=true",
+                        "{target} is {lag} bytes behind in what it has replayed (limit {}); wait, or add force=true",
                         policy.max_lag_bytes
                     )
                 },
@@ -177,6 +191,17 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
     Verdict { checks: bench.checks, bytes_at_risk, outcome: bench.denied.map_or(Ok(kind), Err) }
 }
 
+/// What a person is told while nothing is done.
+#[must_use]
+pub fn in_doubt(doubts: &[Doubt]) -> String {
+    let facts: Vec<String> = doubts.iter().map(ToString::to_string).collect();
+    format!(
+        "what this orchestrator has written down is older than the facts, and it does nothing: {}. Find out which region is right, then \
+         POST /adopt/{{region}} (first with dry_run=true)",
+        facts.join("; ")
+    )
+}
+
 /// Whom a new primary waits for: other healthy standbys if there are any, else whom `copies` demands.
 #[must_use]
 pub fn wait_for_after(
@@ -203,14 +228,22 @@ pub fn wait_for_after(
     }
 }
 
+/// Collects checks; the first that fails decides.
 #[derive(Debug, Default)]
-struct Bench {
-    checks: Vec<Check>,
-    denied: Option<Denied>,
+pub(super) struct Bench {
+    pub(super) checks: Vec<Check>,
+    pub(super) denied: Option<Denied>,
 }
 
 impl Bench {
-    fn check(&mut self, name: &str, ok: bool, status: u16, code: &'static str, why: impl FnOnce() -> String) {
+    pub(super) fn check(
+        &mut self,
+        name: &str,
+        ok: bool,
+        status: u16,
+        code: &'static str,
+        why: impl FnOnce() -> String,
+    ) {
         let detail = if ok { String::new() } else { why() };
         if !ok && self.denied.is_none() {
             self.denied = Some(Denied { status, code, message: detail.clone() });

@@ -9,13 +9,12 @@ use service::metrics::Registry;
 
 use crate::history::Entry;
 use crate::operation::Kind;
-use crate::orchestrator::report::NodeReport;
+use crate::orchestrator::report::{NodeReport, Role};
+use crate::protocol::word;
 use crate::state::{Mode, State};
 
-const ROLES: [&str; 7] = ["primary", "standby", "stopped", "starting", "stopping", "rebuilding", "unknown"];
-
 pub(super) fn name(kind: Kind) -> String {
-    format!("{kind:?}").to_lowercase()
+    word(&kind)
 }
 
 /// The orchestrator's own series.
@@ -37,8 +36,12 @@ pub struct Metrics {
     pub epoch: IntGauge,
     pub auto: IntGauge,
     pub alarms: IntGauge,
+    pub doubts: IntGauge,
+    pub kept: IntGaugeVec,
+    pub replay_bytes: IntGaugeVec,
     pub actions: IntCounterVec,
     pub redis_up: IntGauge,
+    pub redis_follows: IntGauge,
     pub unauthorized: IntCounter,
 }
 
@@ -101,13 +104,29 @@ impl Metrics {
             epoch: IntGauge::new("failover_epoch", "Number of the current configuration")?,
             auto: IntGauge::new("failover_mode_auto", "1 in mode auto, 0 when paused")?,
             alarms: IntGauge::new("failover_alarms", "Alarms as shown by GET /status")?,
+            doubts: IntGauge::new(
+                "failover_doubts",
+                "Reasons to think that the orchestrator's state is older than the facts; above 0 it does nothing",
+            )?,
+            kept: IntGaugeVec::new(
+                Opts::new("failover_kept", "1 while a node's data is not rewritten until POST /discard"),
+                &["node"],
+            )?,
+            replay_bytes: IntGaugeVec::new(
+                Opts::new("failover_replay_bytes", "WAL that a standby has received and not replayed"),
+                &["node"],
+            )?,
             actions: IntCounterVec::new(
                 Opts::new("failover_actions_total", "Upkeep by action and outcome"),
                 &["action", "outcome"],
             )?,
             redis_up: IntGauge::new(
                 "failover_redis_master_known",
-                "1 while a Sentinel tells the Redis master",
+                "1 while most Sentinels agree on the Redis master",
+            )?,
+            redis_follows: IntGauge::new(
+                "failover_redis_follows",
+                "1 while the Redis master is in the region of the primary, by its own word and by most Sentinels'",
             )?,
             unauthorized: IntCounter::new(
                 "failover_unauthorized_total",
@@ -130,11 +149,15 @@ impl Metrics {
         registry.register(Box::new(metrics.epoch.clone()))?;
         registry.register(Box::new(metrics.auto.clone()))?;
         registry.register(Box::new(metrics.alarms.clone()))?;
+        registry.register(Box::new(metrics.doubts.clone()))?;
+        registry.register(Box::new(metrics.kept.clone()))?;
+        registry.register(Box::new(metrics.replay_bytes.clone()))?;
         registry.register(Box::new(metrics.actions.clone()))?;
         registry.register(Box::new(metrics.redis_up.clone()))?;
+        registry.register(Box::new(metrics.redis_follows.clone()))?;
         registry.register(Box::new(metrics.unauthorized.clone()))?;
         // A counter that begins at 1 has not risen, as Prometheus sees it.
-        for kind in [Kind::Planned, Kind::Unplanned, Kind::Forced] {
+        for kind in [Kind::Planned, Kind::Unplanned, Kind::Forced, Kind::Adopted, Kind::Discarded] {
             for outcome in ["done", "failed"] {
                 metrics.failovers.with_label_values(&[name(kind).as_str(), outcome]);
             }
@@ -170,18 +193,23 @@ impl Metrics {
     }
 
     /// Sets the gauges to what is.
-    pub fn show(&self, state: &State, nodes: &[NodeReport], alarms: usize) {
+    pub fn show(&self, state: &State, nodes: &[NodeReport], alarms: usize, doubts: usize) {
         let count = |number: usize| i64::try_from(number).unwrap_or(i64::MAX);
         self.sync_set.set(count(state.sync_set.len()));
         self.wait_for.set(count(state.wait_for.len()));
         self.epoch.set(i64::try_from(state.epoch).unwrap_or(i64::MAX));
         self.auto.set(i64::from(state.mode == Mode::Auto));
         self.alarms.set(count(alarms));
+        self.doubts.set(count(doubts));
         for node in nodes {
             let name = node.region.as_str();
-            for role in ROLES {
-                self.role.with_label_values(&[name, role]).set(i64::from(node.role == role));
+            for role in Role::ALL {
+                let label = word(&role);
+                self.role.with_label_values(&[name, label.as_str()]).set(i64::from(node.role == role));
             }
+            self.kept.with_label_values(&[name]).set(i64::from(node.kept.is_some()));
+            let replay = i64::try_from(node.replay_bytes.unwrap_or(0)).unwrap_or(i64::MAX);
+            self.replay_bytes.with_label_values(&[name]).set(replay);
             #[allow(clippy::cast_precision_loss, reason = "a lag of 2^53 bytes would be shown inexactly")]
             self.lag_bytes.with_label_values(&[name]).set(node.lag_bytes.unwrap_or(0) as f64);
             let silence =
@@ -214,8 +242,8 @@ mod tests {
             addresses: Default::default(),
             timeline: 1,
             marker: 0,
+            acknowledged: Default::default(),
             bytes_at_risk: Some(0),
-            guard: false,
             two_copies: false,
         };
         let mut operation = Operation::new(request, &state);
@@ -225,7 +253,7 @@ mod tests {
             action: "promote".into(),
             started_at: None,
             duration_ms: 120.0,
-            status: "done".into(),
+            status: crate::operation::StepStatus::Done,
             detail: String::new(),
         });
         let dir = tempfile::tempdir().unwrap();

@@ -11,8 +11,8 @@ use crate::orchestrator::api;
         title = "Tier0 failover orchestrator",
         description = "Regional failover in under five seconds, with nothing acknowledged lost."
     ),
-    paths(api::status, api::history, api::failover, api::mode),
-    components(schemas(api::Plan))
+    paths(api::status, api::history, api::failover, api::mode, api::adopt, api::discard),
+    components(schemas(api::Plan, api::AdoptPlan))
 )]
 struct Document;
 
@@ -38,7 +38,9 @@ mod tests {
             std::fs::write(&path, &served).unwrap();
         }
         assert_eq!(std::fs::read_to_string(&path).unwrap(), served, "run with TIER0_WRITE_OPENAPI=1");
-        for path in ["/status", "/history", "/failover/{region}", "/mode"] {
+        for path in
+            ["/status", "/history", "/failover/{region}", "/mode", "/adopt/{region}", "/discard/{region}"]
+        {
             assert!(served.contains(path), "{path}");
         }
     }

@@ -40,7 +40,9 @@ impl Probe {
             .password(self.password.expose())
             .dbname("postgres")
             .application_name("failover-probe")
-            .connect_timeout(LIMIT);
+            .connect_timeout(LIMIT)
+            // A time-out set for the role must not make a healthy node look dead.
+            .options(wire::postgres::options());
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,

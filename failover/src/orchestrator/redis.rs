@@ -1,31 +1,42 @@
 //! Redis follows the region, through its Sentinels: they promote, we ask.
 //!
-//! Two moments are reported apart: the replica is master (clients that ask it can write), and the Sentinels say so
+//! A failover moves Redis in a step of its own ([`Redis::follow`]); [`keep`] compares every second, and finishes what a
+//! step could not. Neither believes a single Sentinel: see [`sight`].
+//!
+//! Two moments are reported apart: the replica is master (clients that ask it can write), and most Sentinels say so
 //! (clients that ask them find it), which has a fixed cost of about a second inside Sentinel.
 
+mod alarms;
+pub mod keep;
+mod session;
+pub mod sight;
+
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use fred::clients::Client;
-use fred::interfaces::ClientLike;
-use fred::types::config::{Config, ConnectionConfig, PerformanceConfig, ServerConfig};
-use fred::types::{ClusterHash, CustomCommand, Value};
-use prometheus::IntGauge;
+use fred::types::Value;
+use futures_util::future::{join, join_all};
 use service::secret::Secret;
-use tokio::sync::watch as channel;
-use tokio::time::{Instant, sleep, timeout};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::orchestrator::report::{RedisReport, address};
 use crate::orchestrator::settings::RedisSettings;
 use crate::protocol::{Node, Upstream};
+use sight::{Role, Sight, is_majority};
 
-const LIMIT: Duration = Duration::from_millis(500);
-/// Sentinel's own failover, its fixed second included.
+/// Sentinel's own failover, its fixed second included. If larger, a failover of the region takes longer than promised when
+/// Sentinel does not do it.
 const FAILOVER: Duration = Duration::from_secs(4);
-const WATCH: Duration = Duration::from_secs(1);
+/// How long Sentinels may be behind a target that is master already, before one of them is given the order all the same.
+const BEHIND: Duration = Duration::from_secs(2);
+/// Between two looks at the target.
 const LOOK: Duration = Duration::from_millis(10);
+/// Between two questions to all Sentinels.
+const ASK: Duration = Duration::from_millis(50);
 
 /// The Sentinels and what they watch.
 #[derive(Debug, Clone)]
@@ -35,6 +46,8 @@ pub struct Redis {
     master: String,
     password: Secret,
     sentinel_password: Secret,
+    /// Held by whoever moves the master: one move at a time.
+    moving: Arc<Mutex<()>>,
 }
 
 /// How a Redis failover went.
@@ -43,7 +56,7 @@ pub struct Moved {
     pub to: Node,
     /// None when it was there already.
     pub is_master: Option<Duration>,
-    pub sentinel_agrees: Option<Duration>,
+    pub sentinels_agree: Option<Duration>,
 }
 
 impl Redis {
@@ -60,47 +73,25 @@ impl Redis {
             master: settings.master.clone(),
             password: settings.password.clone(),
             sentinel_password: settings.sentinel_password.clone(),
+            moving: Arc::default(),
         }))
     }
 
-    /// Where the master is, by the first Sentinel that answers.
-    ///
-    /// # Errors
-    /// When none does.
-    pub async fn master(&self) -> anyhow::Result<Upstream> {
-        let mut failure = anyhow!("there is no Sentinel");
-        for sentinel in &self.sentinels {
-            match self.master_by(sentinel).await {
-                Ok(master) => return Ok(master),
-                Err(error) => {
-                    failure = error.context(format!("Sentinel {}:{}", sentinel.host, sentinel.port))
-                }
-            }
-        }
-        Err(failure)
+    /// Asks all Sentinels and instances at once: as long as the slowest takes, at most 1.5 s.
+    pub async fn look(&self) -> Sight {
+        let named = self.sentinels.iter().map(|sentinel| async move {
+            let named = self.named_by(sentinel).await.map_err(|error| format!("{error:#}"));
+            (sentinel.clone(), named)
+        });
+        let roles = self.instances.iter().map(|(node, address)| async move {
+            let role = self.role(address).await.map_err(|error| format!("{error:#}"));
+            (node.clone(), (address.clone(), role))
+        });
+        let (sentinels, instances) = join(join_all(named), join_all(roles)).await;
+        Sight { sentinels, instances: instances.into_iter().collect() }
     }
 
-    async fn master_by(&self, sentinel: &Upstream) -> anyhow::Result<Upstream> {
-        let client = open(sentinel, &self.sentinel_password).await?;
-        let answer = self.ask_master(&client).await;
-        close(client).await;
-        answer
-    }
-
-    async fn ask_master(&self, client: &Client) -> anyhow::Result<Upstream> {
-        let answer = command(client, "SENTINEL", &["get-master-addr-by-name", &self.master]).await?;
-        let pair: (String, u16) =
-            answer.convert().with_context(|| format!("no master named {}", self.master))?;
-        Ok(Upstream { host: pair.0, port: pair.1 })
-    }
-
-    /// The region the master is in.
-    #[must_use]
-    pub fn region(&self, master: &Upstream) -> Option<Node> {
-        self.instances.iter().find(|(_, address)| *address == master).map(|(node, _)| node.clone())
-    }
-
-    /// Makes the Redis of `region` the master. Does nothing when it is.
+    /// Makes the Redis of `region` the master. Does nothing when it is, by its own word and by most Sentinels'.
     ///
     /// # Errors
     /// When it is not within 4 s; the message says how far it came.
@@ -109,149 +100,136 @@ impl Redis {
             self.instances.get(region).with_context(|| format!("redis.instances has none in {region}"))?;
         let started = Instant::now();
         let deadline = started + FAILOVER;
-        let mut failure = anyhow!("there is no Sentinel");
-        for sentinel in &self.sentinels {
-            let client = match open(sentinel, &self.sentinel_password).await {
-                Ok(client) => client,
-                Err(error) => {
-                    failure = error.context(format!("Sentinel {}:{}", sentinel.host, sentinel.port));
-                    continue;
+        let _moving =
+            timeout_at(deadline, self.moving.lock()).await.context("another move of Redis is under way")?;
+        let place = address(target);
+        match self.role(target).await.with_context(|| format!("{place} does not answer"))? {
+            Role::Master => {
+                if is_majority(self.naming_by(target, started + BEHIND).await, self.sentinels.len()) {
+                    return Ok(Moved { to: region.to_owned(), is_master: None, sentinels_agree: None });
                 }
-            };
-            let moved = self.move_by(&client, target, started, deadline).await;
-            close(client).await;
-            match moved {
-                Ok(times) => {
-                    return Ok(Moved {
-                        to: region.to_owned(),
-                        is_master: times.map(|t| t.0),
-                        sentinel_agrees: times.map(|t| t.1),
-                    });
-                }
-                Err(error) => failure = error,
             }
+            // Its old data is gone, and what it has of the new is a part.
+            Role::Replica { copying: true } => bail!("{place} is a replica that has not all data yet"),
+            Role::Replica { copying: false } => {}
+            Role::Other(other) => bail!("{place} is no Redis, but a {other}"),
+        }
+        self.ask_for(target).await?;
+        while !matches!(self.role(target).await, Ok(Role::Master)) {
             if Instant::now() >= deadline {
-                break;
+                bail!("after {FAILOVER:?} {place} is not master");
+            }
+            sleep(LOOK).await;
+        }
+        let is_master = Some(started.elapsed());
+        let (naming, sentinels) = (self.naming_by(target, deadline).await, self.sentinels.len());
+        if !is_majority(naming, sentinels) {
+            bail!("after {FAILOVER:?} {place} is master, but {naming} of {sentinels} Sentinels name it");
+        }
+        Ok(Moved { to: region.to_owned(), is_master, sentinels_agree: Some(started.elapsed()) })
+    }
+
+    /// Gives the order to the first Sentinel that takes it, as the answers come in.
+    ///
+    /// Only one that watches another of our instances is given it: one that names the target has nothing to do, and one
+    /// that names an address of nobody would move what is not ours.
+    async fn ask_for(&self, target: &Upstream) -> anyhow::Result<()> {
+        let mut asking = self.ask_all();
+        let mut failure = anyhow!("no Sentinel answers");
+        while let Some(answer) = asking.join_next().await {
+            let (sentinel, named) = answer.context("the question to a Sentinel failed")?;
+            let place = address(&sentinel);
+            match named {
+                Err(error) => failure = error.context(format!("Sentinel {place}")),
+                Ok(named) if named == *target => {
+                    failure = anyhow!("Sentinel {place} names {} already", address(target));
+                }
+                Ok(named) if !self.instances.values().any(|instance| *instance == named) => {
+                    failure = anyhow!("Sentinel {place} names {}, which is of no region", address(&named));
+                }
+                Ok(_) => match self.order(&sentinel).await {
+                    Ok(()) => {
+                        asking.detach_all();
+                        return Ok(());
+                    }
+                    Err(error) => failure = error.context(format!("Sentinel {place}")),
+                },
             }
         }
         Err(failure)
     }
 
-    async fn move_by(
-        &self,
-        sentinel: &Client,
-        target: &Upstream,
-        started: Instant,
-        deadline: Instant,
-    ) -> anyhow::Result<Option<(Duration, Duration)>> {
-        if self.ask_master(sentinel).await? == *target {
-            return Ok(None);
-        }
-        // A failover that is under way already (the Sentinels saw the master die) is as good as ours.
-        if let Err(error) = command(sentinel, "SENTINEL", &["failover", &self.master]).await
-            && !format!("{error:#}").contains("INPROG")
-        {
-            return Err(error.context("SENTINEL FAILOVER"));
-        }
-        let mut is_master = None;
-        loop {
-            if is_master.is_none() && self.is_master(target).await.unwrap_or(false) {
-                is_master = Some(started.elapsed());
-            }
-            if let Some(since) = is_master
-                && self.ask_master(sentinel).await? == *target
-            {
-                return Ok(Some((since, started.elapsed())));
-            }
-            if Instant::now() >= deadline {
-                bail!(
-                    "after {FAILOVER:?} {}:{} is {}",
-                    target.host,
-                    target.port,
-                    if is_master.is_some() { "master, but Sentinel does not say so" } else { "not master" }
-                );
-            }
-            sleep(LOOK).await;
+    async fn order(&self, sentinel: &Upstream) -> anyhow::Result<()> {
+        let order = ["failover", &self.master];
+        match session::ask(sentinel, &self.sentinel_password, "SENTINEL", &order).await {
+            // A failover that is under way already (the Sentinels saw the master die) is as good as ours.
+            Err(error) if !format!("{error:#}").contains("INPROG") => Err(error.context("SENTINEL FAILOVER")),
+            _ => Ok(()),
         }
     }
 
-    async fn is_master(&self, target: &Upstream) -> anyhow::Result<bool> {
-        let client = open(target, &self.password).await?;
-        let role = command(&client, "ROLE", &[]).await;
-        close(client).await;
-        Ok(match role? {
-            Value::Array(parts) => parts.first().and_then(Value::as_str).is_some_and(|role| role == "master"),
-            _ => false,
+    /// How many Sentinels name the address: as soon as most do, or at the deadline.
+    async fn naming_by(&self, target: &Upstream, deadline: Instant) -> usize {
+        loop {
+            let naming = self.naming(target).await;
+            if is_majority(naming, self.sentinels.len()) || Instant::now() >= deadline {
+                return naming;
+            }
+            sleep(ASK).await;
+        }
+    }
+
+    /// How many Sentinels name the address; does not wait for the rest when most do.
+    async fn naming(&self, target: &Upstream) -> usize {
+        let mut asking = self.ask_all();
+        let mut naming = 0;
+        while let Some(answer) = asking.join_next().await {
+            naming += usize::from(answer.is_ok_and(|(_, named)| named.is_ok_and(|named| named == *target)));
+            if is_majority(naming, self.sentinels.len()) {
+                break;
+            }
+        }
+        // Each ends by itself, within 1.5 s; one that is ended leaves its session open.
+        asking.detach_all();
+        naming
+    }
+
+    fn ask_all(&self) -> JoinSet<(Upstream, anyhow::Result<Upstream>)> {
+        let mut asking = JoinSet::new();
+        for sentinel in self.sentinels.iter().cloned() {
+            let redis = self.clone();
+            asking.spawn(async move {
+                let named = redis.named_by(&sentinel).await;
+                (sentinel, named)
+            });
+        }
+        asking
+    }
+
+    async fn named_by(&self, sentinel: &Upstream) -> anyhow::Result<Upstream> {
+        let question = ["get-master-addr-by-name", &self.master];
+        let answer = session::ask(sentinel, &self.sentinel_password, "SENTINEL", &question).await?;
+        let pair: (String, u16) =
+            answer.convert().with_context(|| format!("no master named {}", self.master))?;
+        Ok(Upstream { host: pair.0, port: pair.1 })
+    }
+
+    async fn role(&self, instance: &Upstream) -> anyhow::Result<Role> {
+        let answer = session::ask(instance, &self.password, "ROLE", &[]).await?;
+        let Value::Array(parts) = &answer else { bail!("ROLE answered {answer:?}") };
+        let part = |index: usize| parts.get(index).and_then(Value::as_str);
+        let name = part(0).context("ROLE answered nothing")?;
+        Ok(match &*name {
+            "master" => Role::Master,
+            // Of "slave", host, port, state, offset.
+            "slave" => Role::Replica { copying: part(3).is_some_and(|state| &*state == "sync") },
+            other => Role::Other(other.to_owned()),
         })
     }
-}
-
-/// A session for a few commands. It never reconnects: what it says must be of now.
-async fn open(address: &Upstream, password: &Secret) -> anyhow::Result<Client> {
-    let config = Config {
-        server: ServerConfig::new_centralized(&address.host, address.port),
-        password: (!password.is_empty()).then(|| password.expose().to_owned()),
-        fail_fast: true,
-        ..Config::default()
-    };
-    let performance = PerformanceConfig { default_command_timeout: LIMIT, ..PerformanceConfig::default() };
-    let connection = ConnectionConfig {
-        connection_timeout: LIMIT,
-        internal_command_timeout: LIMIT,
-        max_command_attempts: 1,
-        ..ConnectionConfig::default()
-    };
-    let client = Client::new(config, Some(performance), Some(connection), None);
-    timeout(LIMIT, client.init())
-        .await
-        .map_err(|_| anyhow!("no session within {LIMIT:?}"))?
-        .context("connect")?;
-    Ok(client)
-}
-
-async fn close(client: Client) {
-    // Nothing is lost when it cannot say goodbye.
-    drop(timeout(LIMIT, client.quit()).await);
-}
-
-async fn command(client: &Client, name: &'static str, arguments: &[&str]) -> anyhow::Result<Value> {
-    let command = CustomCommand::new_static(name, ClusterHash::FirstKey, false);
-    let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
-    timeout(LIMIT, client.custom(command, arguments))
-        .await
-        .map_err(|_| anyhow!("no answer within {LIMIT:?}"))?
-        .with_context(|| format!("{name} was refused"))
 }
 
 /// Before the first look.
 #[must_use]
 pub fn unseen(configured: bool) -> RedisReport {
     RedisReport { configured, ..RedisReport::default() }
-}
-
-/// Looks where the master is, once a second.
-pub async fn watch(
-    redis: Redis,
-    seen: channel::Sender<RedisReport>,
-    known: IntGauge,
-    shutdown: CancellationToken,
-) {
-    loop {
-        let report = match redis.master().await {
-            Ok(master) => RedisReport {
-                configured: true,
-                region: redis.region(&master),
-                master: Some(address(&master)),
-                error: None,
-            },
-            Err(error) => {
-                RedisReport { configured: true, error: Some(format!("{error:#}")), ..RedisReport::default() }
-            }
-        };
-        known.set(i64::from(report.master.is_some()));
-        seen.send_replace(report);
-        if timeout(WATCH, shutdown.cancelled()).await.is_ok() {
-            return;
-        }
-    }
 }

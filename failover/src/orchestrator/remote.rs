@@ -14,7 +14,7 @@ use crate::orchestrator::crash;
 use crate::orchestrator::settings::Address;
 use crate::orchestrator::store::Store;
 use crate::orchestrator::watch::Watched;
-use crate::protocol::{Command, Node, NodeStatus, Order, Problem, millis};
+use crate::protocol::{Code, Command, Node, NodeStatus, Order, Problem, millis, word};
 use crate::state::State;
 
 const CONNECT: Duration = Duration::from_millis(500);
@@ -22,6 +22,8 @@ const CONNECT: Duration = Duration::from_millis(500);
 const TRAVEL: Duration = Duration::from_millis(500);
 /// How long after its heartbeat an agent's answer is waited for; then the connection counts as dead.
 const LATE: Duration = Duration::from_millis(400);
+/// An order is not waited for when its agent says nothing else either for so long.
+const PEER: Duration = Duration::from_secs(2);
 
 /// Speaks to all agents, and keeps the state.
 #[derive(Debug)]
@@ -33,6 +35,10 @@ pub struct Remote {
     pub watched: Arc<Watched>,
     /// What is durable, for everybody who only looks.
     saved: Mutex<Option<State>>,
+    /// Why the last try to make something durable failed, until one succeeds.
+    unsaved: Mutex<Option<String>>,
+    /// Why there is no first state yet.
+    pub waiting: Mutex<String>,
     /// The last step that was made durable.
     pub passed: channel::Sender<String>,
 }
@@ -53,7 +59,17 @@ impl Remote {
             .build()
             .context("make the HTTP client")?;
         let passed = channel::Sender::new(String::new());
-        Ok(Self { client, addresses, token, store, watched, saved: Mutex::default(), passed })
+        Ok(Self {
+            client,
+            addresses,
+            token,
+            store,
+            watched,
+            saved: Mutex::default(),
+            unsaved: Mutex::default(),
+            waiting: Mutex::default(),
+            passed,
+        })
     }
 
     #[must_use]
@@ -72,6 +88,23 @@ impl Remote {
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(state.clone());
     }
 
+    /// Notes whether something could be made durable.
+    pub fn note_saved(&self, error: Option<String>) {
+        *self.unsaved.lock().unwrap_or_else(PoisonError::into_inner) = error;
+    }
+
+    /// What a person must know of this process itself.
+    #[must_use]
+    pub fn alarm(&self) -> Option<String> {
+        let unsaved = self.unsaved.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        unsaved.map(|error| {
+            format!(
+                "the orchestrator cannot write its directory {} and does nothing until it can: {error}",
+                self.store.dir().display()
+            )
+        })
+    }
+
     /// The status of a node when it is newer than `after`, or after `wait`.
     ///
     /// # Errors
@@ -87,7 +120,7 @@ impl Remote {
             Some(address) => Ok(format!("http://{}{path}", address.agent)),
             None => Err(OrderError::Refused {
                 node: node.into(),
-                code: "unknown".into(),
+                code: Code::Unknown,
                 message: "not among the configured nodes".into(),
             }),
         }
@@ -117,9 +150,10 @@ impl Remote {
         let status = response.status();
         let problem: Problem = match response.json().await {
             Ok(problem) => problem,
-            Err(_) => Problem::new("failed", format!("the agent answered {status}")),
+            Err(_) => Problem::new(&word(&Code::Failed), format!("the agent answered {status}")),
         };
-        let (code, message) = (problem.error.code, problem.error.message);
+        let code = serde_json::from_value(problem.error.code.into()).unwrap_or(Code::Unknown);
+        let message = problem.error.message;
         Err(OrderError::Refused { node: node.into(), code, message })
     }
 }
@@ -154,9 +188,17 @@ impl Hands for Remote {
         order: Order,
         limit: Duration,
     ) -> Result<NodeStatus, OrderError> {
-        let command = Command { epoch, limit_ms: millis(limit), what: order };
+        let (orchestrator, displaces) =
+            self.state().map(|state| (state.id, state.displaced)).unwrap_or_default();
+        let command = Command { orchestrator, displaces, epoch, limit_ms: millis(limit), what: order };
         let request = self.client.post(self.url(node, "/v1/orders")?).timeout(limit + TRAVEL).json(&command);
-        self.answer(node, request).await
+        tokio::select! {
+            answer = self.answer(node, request) => answer,
+            () = self.watched.silent(node, PEER) => {
+                let reason = format!("nothing was heard of it for {PEER:?}");
+                Err(OrderError::Silent { node: node.into(), reason })
+            }
+        }
     }
 
     fn save(&self, state: &State) -> anyhow::Result<()> {

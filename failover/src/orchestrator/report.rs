@@ -11,6 +11,7 @@ use crate::decide::Rules;
 use crate::history::{Entry, Verification};
 use crate::lsn::Lsn;
 use crate::operation::{Kind, StepRecord};
+use crate::orchestrator::checks::in_doubt;
 use crate::protocol::{Node, NodeStatus, Postmaster, Upstream, millis};
 use crate::state::{Copies, Mode, State};
 use crate::view::{Condition, View};
@@ -25,6 +26,12 @@ pub struct Status {
     /// `alive`, `gone`, `lost`, `standby` or why it is uncertain.
     pub primary_condition: String,
     pub epoch: u64,
+    /// Id of this orchestrator: agents obey no other.
+    pub orchestrator: String,
+    /// Why what is written down may be older than the facts. While there is a reason, nothing is done.
+    pub doubts: Vec<String>,
+    /// The node that writers take for the primary; null when none is writable.
+    pub writers_see: Option<Node>,
     pub mode: Mode,
     pub copies: Copies,
     /// Standbys that hold every acknowledged commit.
@@ -44,28 +51,89 @@ pub struct Status {
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 pub struct RedisReport {
     pub configured: bool,
-    /// `host:port` as Sentinel says.
+    /// `host:port` as most Sentinels say.
     pub master: Option<String>,
     pub region: Option<Node>,
+    /// The instance in the region of the primary is master, by its own word and by most Sentinels'.
+    #[serde(default)]
+    pub follows: bool,
+    #[serde(default)]
+    pub sentinels: usize,
+    #[serde(default)]
+    pub sentinels_agree: usize,
+    /// What each instance says it is, by region: `master`, `replica`, or why it is not known.
+    #[serde(default)]
+    pub instances: BTreeMap<Node, String>,
+    /// Why no master is known.
     pub error: Option<String>,
+    /// Are among those of the status.
+    #[serde(skip)]
+    pub alarms: Vec<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct NodeReport {
     pub region: Node,
     pub address: String,
-    /// `primary`, `standby`, `stopped`, `starting`, `stopping`, `rebuilding` or `unknown`.
-    pub role: String,
+    pub role: Role,
     pub timeline: Option<u32>,
     pub lsn: Option<Lsn>,
     pub lag_bytes: Option<u64>,
     pub lag_seconds: Option<f64>,
-    /// `sync`: holds every acknowledged commit. `catching_up`: waited for, not confirmed yet. `async`: streams. `none`.
-    pub sync_state: String,
+    pub sync_state: SyncState,
     /// Streams from the primary, by its own words. False for the primary; a switchover needs it of its target.
     pub streaming: bool,
+    /// WAL that is received and not replayed: a promotion waits for it.
+    pub replay_bytes: Option<u64>,
+    /// Why its data is not rewritten until POST /discard.
+    pub kept: Option<String>,
+    /// What its last orders failed with, or why its agent cannot ask it.
+    pub trouble: Option<String>,
+    /// The highest epoch that its agent has obeyed.
+    pub epoch: Option<u64>,
     pub agent_last_seen_ms: Option<u64>,
     pub postgres_last_seen_ms: Option<u64>,
+}
+
+/// What a node is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    Primary,
+    Standby,
+    Stopped,
+    Starting,
+    Stopping,
+    Rebuilding,
+    /// Somebody has started Postgres beside its agent.
+    Foreign,
+    Unknown,
+}
+
+impl Role {
+    pub const ALL: [Self; 8] = [
+        Self::Primary,
+        Self::Standby,
+        Self::Stopped,
+        Self::Starting,
+        Self::Stopping,
+        Self::Rebuilding,
+        Self::Foreign,
+        Self::Unknown,
+    ];
+}
+
+/// What a standby holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum SyncState {
+    /// Every acknowledged commit.
+    Sync,
+    /// Waited for, not confirmed yet.
+    CatchingUp,
+    /// It streams.
+    Async,
+    None,
 }
 
 /// Answer of `POST /failover/{region}` and an entry of `GET /history`.
@@ -185,25 +253,31 @@ pub fn nodes(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<No
                 primary.and_then(|primary| primary.standbys.iter().find(|standby| standby.node == *node));
             let lag = attached.zip(primary).map(|(standby, primary)| primary.lsn.since(standby.flushed));
             let sync_state = if *node == state.primary {
-                "none"
+                SyncState::None
             } else if state.sync_set.contains(node) {
-                "sync"
+                SyncState::Sync
             } else if state.wait_for.contains(node) {
-                "catching_up"
+                SyncState::CatchingUp
             } else if attached.is_some_and(|standby| standby.streaming) {
-                "async"
+                SyncState::Async
             } else {
-                "none"
+                SyncState::None
             };
             NodeReport {
                 region: node.clone(),
                 address: rules.addresses.get(node).map(address).unwrap_or_default(),
-                role: role(status).into(),
+                role: role(status),
                 timeline: sample.map(|sample| sample.timeline),
                 lsn: sample.map(|sample| sample.lsn),
                 lag_bytes: lag,
                 lag_seconds: sample.filter(|sample| sample.in_recovery).map(|sample| sample.lag_seconds),
-                sync_state: sync_state.into(),
+                sync_state,
+                replay_bytes: sample
+                    .filter(|sample| sample.in_recovery)
+                    .and_then(|sample| sample.replayed.map(|replayed| sample.lsn.since(replayed))),
+                kept: state.kept.get(node).map(|kept| kept.reason.clone()),
+                trouble: seen.trouble.clone().or_else(|| status.and_then(|status| status.trouble.clone())),
+                epoch: seen.status.as_ref().map(|status| status.epoch),
                 streaming: seen.sample(now, &rules.policy).is_some()
                     && upstream.is_some_and(|upstream| seen.streams_from(upstream)),
                 agent_last_seen_ms: ago(seen.heard),
@@ -221,17 +295,28 @@ pub fn address(upstream: &Upstream) -> String {
 
 /// What a node is now.
 #[must_use]
-pub fn role(status: Option<&NodeStatus>) -> &'static str {
-    match status.map(|status| (&status.postmaster, status)) {
-        None => "unknown",
-        Some((Postmaster::Stopped { .. }, _)) => "stopped",
-        Some((Postmaster::Starting, _)) => "starting",
-        Some((Postmaster::Stopping, _)) => "stopping",
-        Some((Postmaster::Rebuilding { .. }, _)) => "rebuilding",
-        Some((Postmaster::Running, status)) if status.is_writable() => "primary",
-        Some((Postmaster::Running, status)) if status.is_standby() => "standby",
-        Some((Postmaster::Running, _)) => "unknown",
+pub fn role(status: Option<&NodeStatus>) -> Role {
+    let Some(status) = status else { return Role::Unknown };
+    match status.postmaster {
+        _ if status.foreign.is_some() => Role::Foreign,
+        Postmaster::Stopped { .. } => Role::Stopped,
+        Postmaster::Starting => Role::Starting,
+        Postmaster::Stopping => Role::Stopping,
+        Postmaster::Rebuilding { .. } => Role::Rebuilding,
+        Postmaster::Running if status.is_writable() => Role::Primary,
+        Postmaster::Running if status.is_standby() => Role::Standby,
+        Postmaster::Running => Role::Unknown,
     }
+}
+
+/// Where writers go: to the writable node with the highest timeline.
+#[must_use]
+pub fn writers_see(view: &View, rules: &Rules, now: Duration) -> Option<Node> {
+    let writable = view.nodes.iter().filter_map(|(node, seen)| {
+        let status = seen.fresh(now, &rules.policy).filter(|status| status.is_writable())?;
+        Some((status.timeline(), node))
+    });
+    writable.max().map(|(_, node)| node.clone())
 }
 
 /// What a person must know now.
@@ -240,13 +325,36 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
     let mut alarms = Vec::new();
     let policy = &rules.policy;
     let primary = &state.primary;
+    let doubts = view.doubts(state, now, policy);
+    if !doubts.is_empty() {
+        alarms.push(in_doubt(&doubts));
+    }
+    if let Some(seen) = writers_see(view, rules, now)
+        && seen != *primary
+    {
+        alarms.push(format!("writers see {seen} as the primary, not {primary}: they go by the timeline"));
+    }
+    let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
     match view.condition(primary, now, policy) {
-        Condition::Alive => {}
+        Condition::Alive => {
+            if let Some(stalled) = view.stalled(primary, &state.wait_for, now, policy) {
+                let next = if candidates.is_empty() || state.mode == Mode::Paused {
+                    "look at its disk, or POST /failover/{region}".to_owned()
+                } else {
+                    format!("a failover follows after {} s", policy.stall_after.as_secs())
+                };
+                alarms.push(format!(
+                    "the primary {primary} has committed nothing for {} s, although its standbys have all that it has written: {next}",
+                    stalled.as_secs()
+                ));
+            }
+        }
         Condition::Uncertain(reason) => alarms.push(format!("the primary is uncertain: {reason}")),
         Condition::Standby => alarms.push(format!("the primary {primary} is not writable yet")),
         found @ (Condition::Gone | Condition::Lost) => {
-            let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
-            let hint = if state.mode == Mode::Paused {
+            let hint = if !doubts.is_empty() {
+                "nothing is done, see above"
+            } else if state.mode == Mode::Paused {
                 "automatic failover is paused: POST /mode to resume, or POST /failover/{region}?while_paused=true"
             } else if candidates.is_empty() {
                 "no node of the sync set can be promoted; POST /failover/{region}?allow_data_loss=true if it does not come back"
@@ -269,13 +377,49 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
             Copies::TwoCopies => "no standby is in sync: commits wait until one is".into(),
         });
     }
+    for (node, kept) in &state.kept {
+        alarms.push(format!(
+            "the data of {node} is kept and not rewritten: {}. Take out what is missing (runbook kept-source), then POST /discard/{node}",
+            kept.reason
+        ));
+    }
+    let leader = view.node(primary).and_then(|seen| seen.sample(now, policy));
     for (node, seen) in view.nodes.iter().filter(|(node, _)| *node != primary) {
-        if seen.fresh(now, policy).is_none() {
+        let Some(status) = seen.fresh(now, policy) else {
             alarms.push(format!("the agent of {node} is not heard"));
-        } else if let Some(since) = seen.absent_since
-            && now.saturating_sub(since) > policy.degrade_after
+            continue;
+        };
+        if let Some(pid) = status.foreign {
+            alarms.push(format!(
+                "a postmaster (process {pid}) that its agent has not started runs on the data of {node}: stop it (pg_ctl stop -m fast)"
+            ));
+        }
+        let because = seen.trouble.as_ref().or(status.trouble.as_ref());
+        let because = because.map(|trouble| format!(": {trouble}")).unwrap_or_default();
+        if seen.absent_since.is_some_and(|since| now.saturating_sub(since) > policy.degrade_after) {
+            alarms.push(format!("standby {node} does not stream from {primary}{because}"));
+        } else if state.sync_set.contains(node) && !candidates.contains(&node) {
+            alarms.push(format!("{node} holds every acknowledged commit and could not be promoted{because}"));
+        } else if seen.is_unsteady(now) {
+            alarms.push(format!("standby {node} comes and goes; commits wait for it again when it stays"));
+        }
+        let held = status.sample.as_ref().and_then(|sample| Some(sample.lsn.since(sample.replayed?)));
+        if held.is_some_and(|held| held > policy.max_lag_bytes) {
+            let held = held.unwrap_or_default();
+            alarms.push(format!(
+                "{node} has {held} bytes that it has not replayed: a failover to it waits for them; look for long queries on it"
+            ));
+        }
+        let strangers = leader.iter().flat_map(|sample| &sample.standbys);
+        if strangers
+            .filter(|standby| standby.node == *node && standby.streaming && !standby.is_genuine())
+            .count()
+            > 0
         {
-            alarms.push(format!("standby {node} does not stream from {primary}"));
+            alarms.push(format!(
+                "somebody else receives WAL from {primary} under the name {node}: {node} does not count as in sync; end it (SELECT pid, \
+                 client_addr FROM pg_stat_replication WHERE application_name = '{node}')"
+            ));
         }
     }
     alarms

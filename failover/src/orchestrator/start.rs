@@ -41,6 +41,14 @@ pub fn first_state(view: &View, rules: &Rules, named: &str, now: Duration) -> Re
         })?,
     };
     not_overtaken(node, status, &heard)?;
+    // Whoever they obey knows more than we do.
+    if let Some((other, obeying)) = heard.iter().find(|(_, status)| !status.orchestrator.is_empty()) {
+        return Err(format!(
+            "{other} has obeyed orchestrator {} (epoch {}), and this one has no state: bring back that one's directory, or, when it is \
+             lost, POST /adopt/{{region}} (first with dry_run=true)",
+            obeying.orchestrator, obeying.epoch
+        ));
+    }
     let wait_for = match rules.copies {
         Copies::Available => Default::default(),
         Copies::TwoCopies => {
@@ -104,9 +112,6 @@ mod tests {
         };
         let control = Control { timeline, checkpoint: lsn, state: "in production".into(), standby };
         let status = NodeStatus {
-            node: name.into(),
-            boot: 1,
-            seq: 1,
             epoch: 4,
             system_id: "s".into(),
             postmaster: if running {
@@ -114,18 +119,16 @@ mod tests {
             } else {
                 Postmaster::Stopped { exit: None, clean: false, settled: true }
             },
-            upstream: None,
             sample: running.then_some(sample),
             control: (!running).then_some(control),
-            marker: 0,
-            estranged: false,
+            ..NodeStatus::unseen(name)
         };
         (name.into(), Seen { status: Some(status), heard: Some(Duration::ZERO), ..Seen::default() })
     }
 
     fn first(named: &str, a: (u32, bool, bool), b: (u32, bool, bool)) -> Result<String, String> {
         let nodes = [node("a", a.0, a.1, a.2), node("b", b.0, b.1, b.2)].into();
-        first_state(&View { nodes }, &rules(), named, Duration::ZERO).map(|state| {
+        first_state(&View { nodes, ..View::default() }, &rules(), named, Duration::ZERO).map(|state| {
             assert_eq!(state.epoch, 5, "above what the agents have accepted");
             state.primary
         })

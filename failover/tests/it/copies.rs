@@ -1,5 +1,6 @@
 //! How many copies a commit has right after a failover: two at once with a third node, or when it is demanded.
 
+use failover::orchestrator::report::Role;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -28,7 +29,8 @@ async fn with_three_nodes_there_are_two_copies_soon() {
         fixture.until("two copies", |status| !status.wait_for.is_empty()).await;
         fixture.revive_node(&from).await;
     }
-    let to = fixture.whole().await.nodes.iter().find(|node| node.role == "standby").unwrap().region.clone();
+    let to =
+        fixture.whole().await.nodes.iter().find(|node| node.role == Role::Standby).unwrap().region.clone();
     let report = fixture.switch(&to).await;
     copies.push(report.copies_after);
     assert!(copies.contains(&2), "{copies:?}");

@@ -1,7 +1,12 @@
 //! The primary is gone for good, and only the node that led before it is left.
 
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
 use failover::operation::Kind;
 use failover::orchestrator::report::Report;
+use failover::orchestrator::report::Role;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -20,7 +25,7 @@ async fn the_former_primary_is_left(fixture: &mut Fixture, load: &Load) {
     fixture.orchestrator.kill9().await.unwrap();
     fixture.orchestrator.restart().await.unwrap();
     fixture.revive_node("region1").await;
-    fixture.until("woken", |status| status.nodes[0].role == "standby").await;
+    fixture.until("woken", |status| status.nodes[0].role == Role::Standby).await;
     assert!(fixture.writable().await.is_empty(), "nothing is promoted by itself");
 }
 
@@ -59,15 +64,28 @@ async fn its_data_can_be_used_when_the_new_primarys_disk_dies() {
 
 /// The disk was not dead: what it has that nobody else has goes, as was accepted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lost_primary_that_returns_after_all_is_rewound() {
+async fn a_lost_primary_that_returns_after_all_is_kept_and_then_rewound() {
     let mut fixture = Setup::default().start().await;
     let load = Load::start(&fixture.database()).await;
     the_former_primary_is_left(&mut fixture, &load).await;
     force(&fixture).await;
     load.commits_after(Instant::now(), 10).await;
+    // The number that its postmaster had is another's now, as after a restart of the machine.
+    let data = fixture.cluster.nodes[1].data().to_owned();
+    let account = std::fs::metadata(&data).unwrap();
+    let mut other = Command::new("sleep").arg("600").uid(account.uid()).gid(account.gid()).spawn().unwrap();
+    let lock = data.join("postmaster.pid");
+    let named = std::fs::read_to_string(&lock).unwrap();
+    let (_, rest) = named.split_once('\n').unwrap();
+    std::fs::write(&lock, format!("{}\n{rest}", other.id())).unwrap();
     fixture.revive_node("region2").await;
+    // It may have what was lost: it is left as it is until a person has taken that out.
+    fixture.discard("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
     assert_eq!(fixture.writable().await, ["region1"]);
+    assert_eq!(other.try_wait().unwrap(), None, "whoever has the number is left alone");
+    other.kill().unwrap();
+    other.wait().unwrap();
     let log = std::fs::read_to_string(fixture.agents[1].log()).unwrap();
     assert!(log.contains("pg_rewind is done"), "it was rewound, not cloned: {log}");
 }
@@ -102,7 +120,7 @@ async fn a_primary_that_cannot_be_started_does_not_hide_the_former_one() {
     let killed = Instant::now();
     fixture.kill_postmaster("region2");
     fixture.revive_node("region1").await;
-    fixture.until("woken", |status| status.nodes[0].role == "standby").await;
+    fixture.until("woken", |status| status.nodes[0].role == Role::Standby).await;
     assert!(fixture.writable().await.is_empty(), "nothing is promoted by itself");
     std::fs::write(&conf, good).unwrap();
     assert_eq!(fixture.whole().await.current_region, "region2");

@@ -144,6 +144,20 @@ impl Fixture {
         serde_json::from_value(body).unwrap()
     }
 
+    /// A person gives up the data of a region that is kept.
+    pub(crate) async fn discard(&self, region: &str) {
+        self.until("kept", |status| status.alarms.iter().any(|alarm| alarm.contains("POST /discard"))).await;
+        let (status, body) =
+            self.call(Method::POST, &format!("/discard/{region}?reason=test"), Some(TOKEN), None).await;
+        assert_eq!(status, 200, "{body:#}");
+        assert_eq!(body["kind"], json!("discarded"));
+    }
+
+    /// A person takes the world as it is for the truth.
+    pub(crate) async fn adopt(&self, region: &str, query: &str) -> (u16, Value) {
+        self.call(Method::POST, &format!("/adopt/{region}?{query}"), Some(TOKEN), None).await
+    }
+
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
         let url = format!("http://127.0.0.1:{}{path}", self.orchestrator.port());
         let response = self.http.get(url).timeout(Duration::from_secs(5)).send().await.ok()?;
@@ -227,9 +241,9 @@ impl Fixture {
 
     /// An order as the orchestrator gives it, of the epoch that holds there.
     pub(crate) async fn order(&self, region: &str, what: Value) -> (u16, Value) {
-        let epoch = self.agent(region).await.epoch;
+        let NodeStatus { epoch, orchestrator, .. } = self.agent(region).await;
         let url = format!("http://127.0.0.1:{}/v1/orders", self.agents[self.index(region)].port());
-        let body = json!({"epoch": epoch, "limit_ms": 60_000, "what": what});
+        let body = json!({"orchestrator": orchestrator, "epoch": epoch, "limit_ms": 60_000, "what": what});
         let request = self.http.post(url).bearer_auth(AGENT_TOKEN).timeout(LIMIT).json(&body);
         let response = request.send().await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())

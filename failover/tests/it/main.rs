@@ -8,6 +8,7 @@ mod copies;
 mod disaster;
 mod faults;
 mod fixture;
+mod hand;
 mod load;
 mod planned;
 mod redis;

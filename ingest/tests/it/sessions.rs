@@ -6,6 +6,7 @@ use ingest::delivery::{Ack, Delivery};
 use ingest::failure::WriteError;
 use ingest::reading::Rules;
 use ingest::session::{Batch, Session};
+use ingest::settings::IngestSettings;
 use playground::cluster::Options;
 use rand::rngs::SmallRng;
 use rand::seq::{IndexedRandom, SliceRandom};
@@ -17,19 +18,19 @@ use crate::fixture::Fixture;
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 fn delivery(number: usize, payload: String) -> Delivery {
-    Delivery {
-        topic: Bytes::from_static(b"user_activity_queue"),
-        payload: Bytes::from(payload),
-        ack: Some(Ack { connection: 1, id: number as u64 }),
-        received: Instant::now(),
-    }
+    let ack = Ack { connection: 1, id: number as u64 };
+    Delivery::new(Bytes::from_static(b"user_activity_queue"), Bytes::from(payload), Some(ack), Instant::now())
 }
 
 fn batch(fixture: &Fixture, payloads: &[String]) -> Batch {
     let newest_us = fixture.now_us + 60_000_000;
-    let mut batch = Batch::new("rabbitmq", Rules { oldest_us: 0, newest_us, max_payload_bytes: 1 << 20 });
+    let mut batch = Batch::new("rabbitmq", Rules::new(0, newest_us, 1 << 20));
     for (number, payload) in payloads.iter().enumerate() {
-        batch.push(delivery(number, payload.clone()), fixture.now_us, &mut ());
+        batch.push(
+            delivery(number, payload.clone()),
+            fixture.now_us,
+            &mut Batch::memory(&IngestSettings::default()),
+        );
     }
     batch.seal();
     batch
@@ -136,7 +137,7 @@ async fn the_table_is_what_the_fold_says() {
     let mut folded: std::collections::BTreeMap<String, Session> = Default::default();
     for message in &messages {
         let mut seen = Fold(&mut folded);
-        let rules = Rules { oldest_us: 0, newest_us: i64::MAX, max_payload_bytes: 1 << 20 };
+        let rules = Rules::new(0, i64::MAX, 1 << 20);
         ingest::session::visit(message.as_bytes(), &rules, &mut seen);
     }
     let rows = fixture
@@ -167,28 +168,29 @@ async fn the_table_is_what_the_fold_says() {
 struct Fold<'f>(&'f mut std::collections::BTreeMap<String, Session>);
 
 impl<'a> ingest::session::Visitor<'a> for Fold<'_> {
-    fn session(&mut self, session_id: std::borrow::Cow<'a, str>, session: Session) {
+    fn session(&mut self, session_id: std::borrow::Cow<'_, str>, session: Session) {
         self.0.entry(session_id.into()).and_modify(|known| known.merge(session.clone())).or_insert(session);
     }
-    fn site(&mut self, _: std::borrow::Cow<'a, str>, _: i64, _: &'a str) {}
+    fn site(&mut self, _: std::borrow::Cow<'_, str>, _: i64, _: &str) {}
     fn rejected(&mut self, _: &'a [u8], rejection: ingest::reading::Rejection) {
         panic!("{rejection:?}");
     }
 }
 
-/// Numbers beyond the range of numeric pass the decoder; only the database can refuse them.
+/// What the decoder takes and only the database refuses.
 #[tokio::test]
 async fn a_report_the_database_refuses_costs_only_itself() {
     let fixture = Fixture::new(Options::alone()).await;
+    fixture.refuse_poison().await;
     let report = |site: usize, load: &str| {
         format!(
-            r#"{{"site_id":"W{site}","timestamp_utc":"{}","metrics":{{"active_users":{load}}},"active_users_list":
+            r#"{{"site_id":"W{site}","timestamp_utc":"{}","metrics":{{"{load}":1}},"active_users_list":
             [{{"session_id":"S{site}","user_id":"u","connection_status":"active"}}]}}"#,
             time(1)
         )
     };
-    let mut payloads: Vec<String> = (0..20).map(|site| report(site, "1")).collect();
-    payloads[7] = report(7, "1e999999");
+    let mut payloads: Vec<String> = (0..20).map(|site| report(site, "active_users")).collect();
+    payloads[7] = report(7, "poison");
     payloads[11] = "not json".into();
     let mut batch = batch(&fixture, &payloads);
     assert_eq!(batch.parts(), 19 * 2 + 1);

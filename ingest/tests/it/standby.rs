@@ -12,9 +12,9 @@ use tokio::time::{Instant, sleep};
 use crate::fixture::{Fixture, PATIENCE};
 
 /// The backend whose COMMIT waits for the standby.
-async fn waiting(admin: &Db) -> i32 {
-    let sql =
-        "SELECT pid FROM pg_stat_activity WHERE application_name = 'tier0-ingest' AND wait_event = 'SyncRep'";
+pub(crate) async fn waiting(admin: &Db) -> i32 {
+    let sql = "SELECT pid FROM pg_stat_activity WHERE application_name = 'tier0-ingest' AND wait_event = 'SyncRep' \
+               ORDER BY query_start DESC LIMIT 1";
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(row) = admin.query_opt(sql, &[]).await.unwrap() {

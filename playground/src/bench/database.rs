@@ -10,9 +10,8 @@ use ingest::database::Database;
 use ingest::delivery::Delivery;
 use ingest::partitions::Layout;
 use ingest::reading::Rules;
-use ingest::recent::Recent;
 use ingest::settings::{DatabaseSettings, IngestSettings};
-use ingest::telemetry::Batch;
+use ingest::telemetry::{Batch, Memory};
 use service::health::Health;
 use service::secret::Secret;
 use simulators::device::payload::{self, Writer};
@@ -68,11 +67,11 @@ pub(super) fn database(floor: &Floor, connections: usize) -> anyhow::Result<Data
 /// The readings the simulator would publish, as closed batches; times advance as at 100,000 a second.
 fn encode(rows: u64, settings: &IngestSettings, now_us: i64) -> Vec<Batch> {
     let (oldest_us, newest_us) = Layout::new(settings).window(now_us);
-    let rules = Rules { oldest_us, newest_us, max_payload_bytes: 1 << 20 };
+    let rules = Rules::new(oldest_us, newest_us, 1 << 20);
     let mut writer = Writer::new(1);
     let mut batches = Vec::new();
-    let mut recent = Recent::default();
-    let mut batch = Batch::new("mqtt", rules);
+    let mut memory = Memory::new(settings);
+    let mut batch = Batch::new("mqtt", rules.clone());
     let received = tokio::time::Instant::now();
     for row in 0..rows {
         let device = Device::new(u32::try_from(row % DEVICES).unwrap_or_default());
@@ -81,12 +80,11 @@ fn encode(rows: u64, settings: &IngestSettings, now_us: i64) -> Vec<Batch> {
         let mut text = Vec::with_capacity(512);
         let at = i64::try_from(rows - row).unwrap_or_default() * 10;
         writer.reading(&mut text, &device, row / DEVICES, now_us - at);
-        let delivery =
-            Delivery { topic: Bytes::from(topic), payload: Bytes::from(text), ack: None, received };
-        batch.push(delivery, now_us, &mut recent);
+        let delivery = Delivery::new(Bytes::from(topic), Bytes::from(text), None, received);
+        batch.push(delivery, now_us, &mut memory);
         if batch.parts() >= settings.max_rows {
             batch.seal();
-            batches.push(std::mem::replace(&mut batch, Batch::new("mqtt", rules)));
+            batches.push(std::mem::replace(&mut batch, Batch::new("mqtt", rules.clone())));
         }
     }
     if !batch.deliveries().is_empty() {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use failover::orchestrator::api::Plan;
-use failover::orchestrator::report::{Report, Status};
-use failover::protocol::Problem;
+use failover::orchestrator::report::{Report, Role, Status, SyncState};
+use failover::protocol::{Problem, word};
 use failover::state::{Copies, Mode};
 use jiff::Timestamp;
 
@@ -68,16 +68,9 @@ impl FailoverArgs {
 /// # Errors
 /// When there is no orchestrator, or it does not answer.
 pub async fn failover(home: &Home, args: &FailoverArgs) -> anyhow::Result<ExitCode> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     let names = [Some(&args.region), args.expected_primary.as_ref()];
-    if names.into_iter().flatten().any(|name| name.is_empty() || !name.chars().all(plain)) {
-        bail!("a region's name consists of letters, digits, _ and -");
-    }
-    let state = home.state()?;
-    let orchestrator = state.processes.iter().find(|process| process.name == ORCHESTRATOR);
-    let orchestrator = orchestrator.context("no orchestrator runs here (tier0 up starts one)")?;
-    let token = regions::read_token(home.data())?;
-    let (code, body) = http::post(orchestrator.port, &args.path(), &token, "", ANSWER).await?;
+    names.into_iter().flatten().try_for_each(|name| check_name(name))?;
+    let (code, body) = post(home, &args.path()).await?;
     if args.json {
         say(body.trim());
     } else if let Ok(plan) = serde_json::from_str::<Plan>(&body) {
@@ -91,6 +84,23 @@ pub async fn failover(home: &Home, args: &FailoverArgs) -> anyhow::Result<ExitCo
         bail!("the orchestrator answered {code}: {}", body.trim());
     }
     Ok(if code == 200 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+pub(super) fn check_name(name: &str) -> anyhow::Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if name.is_empty() || !name.chars().all(plain) {
+        bail!("a region's name consists of letters, digits, _ and -");
+    }
+    Ok(())
+}
+
+/// Asks the orchestrator that runs here to do something.
+pub(super) async fn post(home: &Home, path: &str) -> anyhow::Result<(u16, String)> {
+    let state = home.state()?;
+    let orchestrator = state.processes.iter().find(|process| process.name == ORCHESTRATOR);
+    let orchestrator = orchestrator.context("no orchestrator runs here (tier0 up starts one)")?;
+    let token = regions::read_token(home.data())?;
+    http::post(orchestrator.port, path, &token, "", ANSWER).await
 }
 
 fn show_plan(plan: &Plan) {
@@ -111,11 +121,15 @@ fn show_plan(plan: &Plan) {
     }
 }
 
-fn show_report(report: &Report) {
+pub(super) fn show_report(report: &Report) {
     for step in &report.steps {
         say(format!(
             "  {:>2} {:<10}{:>8.0} ms  {:<12}{}",
-            step.number, step.action, step.duration_ms, step.status, step.detail
+            step.number,
+            step.action,
+            step.duration_ms,
+            word(&step.status),
+            step.detail
         ));
     }
     match &report.error {
@@ -155,19 +169,21 @@ fn lines(status: &Status, now: Timestamp) -> Vec<String> {
     };
     let mut lines = vec![format!("regions: {} is the primary; {mode}", status.current_region)];
     for node in &status.nodes {
-        let what = match (node.role.as_str(), node.sync_state.as_str()) {
-            ("standby", "sync") if node.streaming => "holds every acknowledged commit",
-            ("standby", "sync") => "holds every acknowledged commit, DOES NOT STREAM",
-            ("standby", "catching_up") => "is catching up, commits wait for it",
-            ("standby", "async") => "streams, commits do not wait for it",
-            ("standby", _) => "DOES NOT STREAM",
+        let what = match (node.role, node.sync_state) {
+            _ if node.kept.is_some() => "KEPT: is not rewritten until tier0 discard",
+            (Role::Standby, SyncState::Sync) if node.streaming => "holds every acknowledged commit",
+            (Role::Standby, SyncState::Sync) => "holds every acknowledged commit, DOES NOT STREAM",
+            (Role::Standby, SyncState::CatchingUp) => "is catching up, commits wait for it",
+            (Role::Standby, SyncState::Async) => "streams, commits do not wait for it",
+            (Role::Standby, SyncState::None) => "DOES NOT STREAM",
+            (Role::Foreign, _) => "runs, but not as its agent's",
             _ => "",
         };
         let lag = match (node.lag_bytes, node.lag_seconds) {
             (Some(bytes), Some(seconds)) => format!("{bytes} B, {seconds:.1} s behind"),
             _ => String::new(),
         };
-        let role = if node.role == "primary" { "PRIMARY" } else { &node.role };
+        let role = if node.role == Role::Primary { "PRIMARY".into() } else { word(&node.role) };
         let timeline = node.timeline.map_or_else(|| "-".into(), |timeline| timeline.to_string());
         lines.push(
             format!(
@@ -234,13 +250,13 @@ mod tests {
     #[test]
     fn a_person_reads_roles_lag_redis_and_alarms() {
         let status: Status = serde_json::from_value(serde_json::json!({
-            "current_region": "region2", "primary_condition": "alive", "epoch": 7, "mode": "paused",
+            "current_region": "region2", "primary_condition": "alive", "epoch": 7, "orchestrator": "o", "doubts": [], "writers_see": "region2", "mode": "paused",
             "copies": "available", "sync_set": ["region1"], "wait_for": ["region1"],
             "nodes": [
                 {"region": "region1", "address": "h:1", "role": "standby", "timeline": 3, "lsn": "0/10",
-                 "lag_bytes": 12, "lag_seconds": 0.1, "sync_state": "sync", "streaming": true, "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1},
+                 "lag_bytes": 12, "lag_seconds": 0.1, "sync_state": "sync", "streaming": true, "replay_bytes": 0, "kept": null, "trouble": null, "epoch": 7, "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1},
                 {"region": "region2", "address": "h:2", "role": "primary", "timeline": 3, "lsn": "0/10",
-                 "lag_bytes": null, "lag_seconds": null, "sync_state": "none", "streaming": false, "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1}],
+                 "lag_bytes": null, "lag_seconds": null, "sync_state": "none", "streaming": false, "replay_bytes": null, "kept": null, "trouble": null, "epoch": 7, "agent_last_seen_ms": 1, "postgres_last_seen_ms": 1}],
             "redis": {"configured": true, "master": "h:3", "region": "region2", "error": null},
             "deployment_version": "1", "failover_count": 1, "failover_under_way": false, "last_failover": null,
             "alarms": ["look here"]

@@ -133,6 +133,10 @@ pub(crate) fn config(port: u16, passwords: &Passwords, role: Role, database: &st
         .dbname(database)
         .application_name("playground")
         .connect_timeout(CONNECT);
+    // The other roles are looked at as they are: what they may not do is part of their settings.
+    if matches!(role, Role::Admin | Role::Owner | Role::Writer) {
+        config.options(wire::postgres::options());
+    }
     config
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use service::settings::{SettingsArgs, load as load_settings};
 use simulators::user::settings::UserSimulatorSettings;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use wire::rabbitmq::QueueType;
@@ -41,15 +42,24 @@ struct Running {
     simulator: Option<Program>,
     consumer: Option<Program>,
     broker: Option<RabbitMq>,
-    /// What an operator is told of the start.
-    lines: Vec<String>,
+    /// Of one that is being started: where what is up already is told.
+    told: Option<mpsc::Sender<Told>>,
 }
+
+/// One line for an operator, and the process that it is about.
+type Told = (String, Option<Process>);
+
+/// More than are ever started.
+const TOLD: usize = 16;
 
 /// All of it, started or on its way.
 #[derive(Debug)]
 pub(super) struct Sessions {
     running: Running,
     starting: JoinSet<anyhow::Result<Running>>,
+    told: mpsc::Receiver<Told>,
+    /// What is up of it while the rest is being started.
+    early: Vec<Process>,
     /// Nothing more is to be started: the run ends before all of it was up.
     ending: CancellationToken,
     failure: Option<String>,
@@ -71,25 +81,38 @@ impl Sessions {
         }
         let mut starting = JoinSet::new();
         let with = |part: Part| !args.without.contains(&part);
-        let parts = (with(Part::Rabbitmq), with(Part::RabbitmqConsumer), with(Part::UserSimulator));
+        let broker = with(Part::Rabbitmq);
+        // Without it they would end at once.
+        let parts = (broker, broker && with(Part::RabbitmqConsumer), broker && with(Part::UserSimulator));
         let plan = (dir.to_owned(), cluster.writer_environment(), ledger.clone(), args.seed);
         let ending = CancellationToken::new();
-        starting.spawn(bring_up(plan, parts, ending.clone()));
-        Ok(Self { running: Running::default(), starting, ending, failure: None, ledger, last: None })
+        let (sender, told) = mpsc::channel(TOLD);
+        starting.spawn(bring_up(plan, parts, sender, ending.clone()));
+        let running = Running::default();
+        Ok(Self { running, starting, told, early: Vec::new(), ending, failure: None, ledger, last: None })
     }
 
     /// Takes over what has come up since and returns what there is to say of it. `None` when nothing has.
     pub(super) fn progress(&mut self) -> Option<Vec<String>> {
-        let outcome = self.starting.try_join_next()?;
-        Some(self.take(outcome.map_err(anyhow::Error::from).flatten()))
+        let outcome = self.starting.try_join_next();
+        let mut lines = Vec::new();
+        while let Ok((line, process)) = self.told.try_recv() {
+            lines.push(line);
+            self.early.extend(process);
+        }
+        if let Some(outcome) = outcome {
+            self.take(outcome.map_err(anyhow::Error::from).flatten());
+            return Some(lines);
+        }
+        (!lines.is_empty()).then_some(lines)
     }
 
-    fn take(&mut self, outcome: anyhow::Result<Running>) -> Vec<String> {
+    fn take(&mut self, outcome: anyhow::Result<Running>) {
+        self.early.clear();
         match outcome {
             Ok(running) => self.running = running,
             Err(error) => self.failure = Some(format!("{error:#}")),
         }
-        std::mem::take(&mut self.running.lines)
     }
 
     /// What ended unasked, or did not start.
@@ -116,6 +139,7 @@ impl Sessions {
         broker
             .chain(programs)
             .filter_map(|(name, pid, port, log)| Some(Process::new(name, pid?, port, log)))
+            .chain(self.early.iter().cloned())
             .collect()
     }
 
@@ -151,7 +175,10 @@ impl Sessions {
     pub(super) async fn finish(&mut self, cluster: &Cluster) -> anyhow::Result<Option<SessionLedger>> {
         self.ending.cancel();
         if let Some(outcome) = self.starting.join_next().await {
-            self.take(outcome.map_err(anyhow::Error::from).flatten()).into_iter().for_each(say);
+            self.take(outcome.map_err(anyhow::Error::from).flatten());
+            while let Ok((line, _)) = self.told.try_recv() {
+                say(line);
+            }
         }
         if let Some(failure) = &self.failure {
             bail!("{failure}");
@@ -207,8 +234,24 @@ impl Sessions {
 impl Running {
     fn port(&mut self, name: &str, wanted: u16) -> anyhow::Result<Port> {
         let port = Port::near(wanted)?;
-        self.lines.extend(taken(name, wanted, port.number()));
+        taken(name, wanted, port.number()).into_iter().for_each(|line| self.tell(line, None));
         Ok(port)
+    }
+
+    fn tell(&self, line: String, process: Option<Process>) {
+        // Nobody listens any more when the run has ended.
+        if let Some(told) = &self.told
+            && let Err(error) = told.try_send((line, process))
+        {
+            tracing::debug!(%error, "not told");
+        }
+    }
+
+    fn tell_of(&self, program: &Program, started: Instant) {
+        let line = up_line(program.name(), program.port(), started, "/metrics /health");
+        let process =
+            program.pid().map(|pid| Process::new(program.name(), pid, program.port(), program.log()));
+        self.tell(line, process);
     }
 }
 
@@ -217,9 +260,10 @@ impl Running {
 async fn bring_up(
     (dir, cluster, ledger, seed): (PathBuf, Vec<(String, String)>, PathBuf, Option<u64>),
     (broker, consumer, simulator): (bool, bool, bool),
+    told: mpsc::Sender<Told>,
     ending: CancellationToken,
 ) -> anyhow::Result<Running> {
-    let mut running = Running::default();
+    let mut running = Running { told: Some(told), ..Running::default() };
     let mut environment = Vec::new();
     if broker {
         let started = Instant::now();
@@ -227,7 +271,8 @@ async fn bring_up(
         let ports = Ports::new(amqp, running.port("rabbitmq management", MANAGEMENT_PORT)?)?;
         let broker = RabbitMq::open(&dir, ports, true, &[]).await?;
         let note = format!("management on {}, guest/guest", broker.management_port());
-        running.lines.push(up_line("rabbitmq", broker.port(), started, &note));
+        let process = broker.pid().map(|pid| Process::new("rabbitmq", pid, broker.port(), broker.log()));
+        running.tell(up_line("rabbitmq", broker.port(), started, &note), process);
         environment = broker.environment();
         running.broker = Some(broker);
     }
@@ -236,7 +281,7 @@ async fn bring_up(
         let launch = Launch::new("rabbitmq-consumer").envs(cluster).envs(environment.clone());
         let mut consumer = launch.start_on(&dir, running.port("rabbitmq-consumer", CONSUMER_PORT)?).await?;
         consumer.ready(READY).await?;
-        running.lines.push(up_line("rabbitmq-consumer", consumer.port(), started, "/metrics /health"));
+        running.tell_of(&consumer, started);
         running.consumer = Some(consumer);
         // Nothing is published to a queue that a crash would lose.
         if let Some(broker) = &mut running.broker {
@@ -254,7 +299,7 @@ async fn bring_up(
         let mut simulator = launch.start_on(&dir, running.port("user-simulator", SIMULATOR_PORT)?).await?;
         // Before that it would not know what to do with a SIGTERM.
         simulator.ready(READY).await?;
-        running.lines.push(up_line("user-simulator", simulator.port(), started, "/metrics /health"));
+        running.tell_of(&simulator, started);
         running.simulator = Some(simulator);
     }
     Ok(running)

@@ -251,7 +251,7 @@ pub fn spoil(out: &mut Vec<u8>, from: usize, flaw: Flaw, variant: u64) {
     let text = String::from_utf8_lossy(out.get(from..).unwrap_or_default()).into_owned();
     let spoilt = match flaw {
         Flaw::WrongType => match variant % 3 {
-            0 => replace_value(&text, "device_type", '"', "17"),
+            0 => replace_value(&text, "device_type", '"', "[17]"),
             1 => replace_value(&text, "timestamp_utc", '"', "true"),
             _ => replace_value(&text, "metrics", '}', "\"n/a\""),
         },
@@ -282,7 +282,8 @@ pub fn spoil(out: &mut Vec<u8>, from: usize, flaw: Flaw, variant: u64) {
 pub fn spoil_message(out: &mut Vec<u8>, from: usize, flaw: Flaw, variant: u64, oversize: ByteSize) {
     let length = out.len() - from;
     match (flaw, variant % 3) {
-        (Flaw::NotJson, 0) => out.truncate(from + length * 3 / 5),
+        // Within the first reading: of an array, consumers keep the readings that are whole.
+        (Flaw::NotJson, 0) => out.truncate(from + length.min(150) * 3 / 5),
         (Flaw::NotJson, 1) => {
             out.truncate(from);
             out.extend_from_slice(b"sensor rebooted; no reading");
@@ -351,7 +352,7 @@ mod tests {
     #[test]
     fn each_flaw_is_what_its_name_says() {
         let sound: Value = serde_json::from_slice(&good()[4..]).unwrap();
-        assert!(spoilt(Flaw::WrongType, 0)["device_type"].is_number());
+        assert!(spoilt(Flaw::WrongType, 0)["device_type"].is_array());
         assert!(spoilt(Flaw::WrongType, 1)["timestamp_utc"].is_boolean());
         assert!(spoilt(Flaw::WrongType, 2)["metrics"].is_string());
         for (variant, field) in

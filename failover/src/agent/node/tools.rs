@@ -6,18 +6,19 @@ use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
 use nix::unistd::geteuid;
 use tokio::process::{Child, Command};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
-use super::Postgres;
+use super::{Postgres, Refusal};
 use crate::agent::conf::Conf;
 use crate::agent::settings::RegionAgent;
 use crate::agent::shared::Shared;
+use crate::agent::symptoms;
 use crate::priority;
-use crate::protocol::{Control, Upstream};
+use crate::protocol::{Code, Control, Upstream};
 
 const TOOL: Duration = Duration::from_secs(10);
 /// Half a minute of failures that come at once, five of timeouts.
@@ -25,54 +26,74 @@ const READS: u32 = 30;
 const READ_AGAIN: Duration = Duration::from_secs(1);
 
 impl Postgres {
-    pub(super) async fn rewind(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
+    pub(super) async fn rewind(&self, upstream: &Upstream, limit: Duration) -> Result<(), Failed> {
         let mut command = self.command("pg_rewind", "KILL");
-        command.arg("--target-pgdata").arg(&self.settings.data);
+        command.arg("--progress").arg("--target-pgdata").arg(&self.settings.data);
         command.arg("--source-server").arg(format!(
             "host={} port={} user={} dbname=postgres connect_timeout=5",
             upstream.host, upstream.port, self.settings.replication_user
         ));
         let said = self.tool("pg_rewind", command, limit).await?;
         if is_same_timeline(&said) {
-            bail!(
+            let message = format!(
                 "both are on the same timeline, by which pg_rewind cannot tell their histories apart: {said}"
             );
+            return Err(Failed { refusal: Refusal::new(Code::Unrewindable, message), touched: false });
         }
         Ok(())
     }
 
-    pub(super) async fn clone_from(&self, upstream: &Upstream, limit: Duration) -> anyhow::Result<()> {
+    /// Makes a copy of the upstream's data beside ours, which stays as it is.
+    pub(super) async fn copy(&self, upstream: &Upstream, limit: Duration) -> Result<(), Refusal> {
         let conf = self.conf.clone();
-        tokio::task::spawn_blocking(move || conf.clear()).await.context("empty the data directory")??;
+        let copy = tokio::task::spawn_blocking(move || conf.clear_copy())
+            .await
+            .context("clear up an earlier copy")??;
         let mut command = self.command("pg_basebackup", "KILL");
-        command.arg("--pgdata").arg(&self.settings.data);
+        command.arg("--pgdata").arg(&copy);
         command.args(["--wal-method=stream", "--checkpoint=fast", "--no-password"]);
         command.arg("--slot").arg(&self.settings.node);
         command.arg("--dbname").arg(format!(
             "host={} port={} user={} connect_timeout=5",
             upstream.host, upstream.port, self.settings.replication_user
         ));
-        self.tool("pg_basebackup", command, limit).await.map(drop)
+        self.tool("pg_basebackup", command, limit).await.map(drop).map_err(|failed| failed.refusal)
     }
 
-    async fn tool(&self, name: &str, mut command: Command, limit: Duration) -> anyhow::Result<String> {
+    async fn tool(&self, name: &str, mut command: Command, limit: Duration) -> Result<String, Failed> {
         command.kill_on_drop(true);
         command.env("PGPASSFILE", self.conf.passfile());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let child = spawn(command).await.with_context(|| format!("start {name}"))?;
-        let output = tokio::time::timeout(limit, child.wait_with_output())
-            .await
-            .map_err(|_| anyhow!("{name} did not end within {limit:?}"))?
-            .with_context(|| format!("run {name}"))?;
+        let output = async {
+            let child = spawn(command).await.with_context(|| format!("start {name}"))?;
+            tokio::time::timeout(limit, child.wait_with_output())
+                .await
+                .map_err(|_| anyhow!("{name} did not end within {limit:?}"))?
+                .with_context(|| format!("run {name}"))
+        };
+        let output = output.await.map_err(|error| Failed { refusal: error.into(), touched: true })?;
         let said = String::from_utf8_lossy(&output.stderr);
-        let last: Vec<&str> = said.lines().rev().take(5).collect();
+        let last: Vec<&str> = said.lines().flat_map(|line| line.rsplit('\r').next()).rev().take(5).collect();
         let last = last.into_iter().rev().collect::<Vec<_>>().join("; ");
         if !output.status.success() {
-            bail!("{name} failed ({}): {last}", output.status);
+            let message = format!("{name} failed ({}): {last}", output.status);
+            let refusal = Refusal::new(symptoms::of_tool(&said), message);
+            return Err(Failed { refusal, touched: said.contains(BEGINS) });
         }
         tracing::info!(said = last, "{name} is done");
         Ok(last)
     }
+}
+
+/// `pg_rewind` says this before it changes anything.
+const BEGINS: &str = "need to copy";
+
+/// How a tool failed.
+#[derive(Debug)]
+pub(super) struct Failed {
+    pub(super) refusal: Refusal,
+    /// It may have changed the data.
+    pub(super) touched: bool,
 }
 
 /// `pg_rewind` has compared nothing and done nothing, and calls it success.
@@ -111,6 +132,10 @@ impl Tools {
     }
 
     pub(super) async fn control(&self) -> anyhow::Result<Option<Control>> {
+        let empty = std::fs::read_dir(&self.settings.data).is_ok_and(|mut dir| dir.next().is_none());
+        if self.shared.status().empty != empty {
+            self.shared.change(|status| status.empty = empty);
+        }
         if self.half_built || !self.settings.data.join("global/pg_control").exists() {
             return Ok(None);
         }

@@ -1,6 +1,7 @@
 //! The orders that make a primary, and those to one.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use tokio::time::{Instant, sleep, timeout};
@@ -10,7 +11,12 @@ use crate::agent::local::Session;
 use crate::agent::node::Refusal;
 use crate::agent::sampler;
 use crate::lsn::Lsn;
-use crate::protocol::{Node, NodeStatus, Sample};
+use crate::protocol::{Code, Node, NodeStatus, Sample, Stop};
+
+/// A promotion that takes longer may wait for replay that readers hold up.
+const READERS: Duration = Duration::from_millis(250);
+/// Of a primary that was overtaken.
+const STOP: Duration = Duration::from_secs(10);
 
 impl Orders {
     pub(super) async fn lead(
@@ -22,6 +28,8 @@ impl Orders {
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
         let hurdle;
+        let from = self.log_end();
+        self.step_back(number, above, deadline).await?;
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             // Turning waiting on takes effect when the checkpointer has seen it; not to be relied on while it is busy.
@@ -31,14 +39,18 @@ impl Orders {
                 self.ready_to_start(number, &status, deadline).await?;
             }
             self.node.configure(None, Some(wait_for))?;
-            if status.is_stopped() {
+            // Data of a primary on a timeline that is not above: its next life begins with a promotion.
+            let overtaken = status.control.as_ref().is_some_and(|control| control.timeline <= above);
+            if status.is_stopped() && overtaken {
+                self.node.start_as_standby(status.control.as_ref()).await?;
+            } else if status.is_stopped() {
                 self.node.start_as_it_is(status.control.as_ref()).await?;
             }
         }
-        let mut asked = false;
+        let mut asked = None;
         loop {
             self.check(number, deadline)?;
-            self.not_ended(&self.status())?;
+            self.not_ended(&self.status(), from)?;
             match self.try_lead(number, wait_for, hurdle, above, deadline, &mut asked).await {
                 Ok(Some((session, sample))) => {
                     self.node.set_estranged(false)?;
@@ -54,6 +66,16 @@ impl Orders {
         }
     }
 
+    /// A primary that another node has overtaken stops: writers, who go by the timeline, would not come back to it.
+    async fn step_back(&self, number: u64, above: u32, deadline: Instant) -> Result<(), Refusal> {
+        let status = self.status();
+        if status.is_writable() && status.sample.as_ref().is_some_and(|sample| sample.timeline <= above) {
+            tracing::warn!(above, "stopping, to lead again on a higher timeline");
+            self.halt(number, Stop::Fast, deadline.min(Instant::now() + STOP)).await?;
+        }
+        Ok(())
+    }
+
     /// One look; promotes once when it is time.
     async fn try_lead(
         &self,
@@ -62,11 +84,21 @@ impl Orders {
         hurdle: bool,
         above: u32,
         deadline: Instant,
-        asked: &mut bool,
+        asked: &mut Option<Instant>,
     ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
         let session = self.ready.take().await?;
         // Asked every few milliseconds on a busy machine: the whole sample only when it is time.
-        if *asked && session.1.is_in_recovery(QUERY).await? {
+        if let Some(since) = *asked
+            && session.1.is_in_recovery(QUERY).await?
+        {
+            if since.elapsed() > READERS {
+                let ended = session.1.end_readers(QUERY).await?;
+                tracing::warn!(
+                    ended,
+                    "readers held up the replay that a promotion waits for: ended their sessions"
+                );
+                *asked = Some(Instant::now());
+            }
             self.ready.put(session);
             return Ok(None);
         }
@@ -81,7 +113,7 @@ impl Orders {
         if sample.replay_paused {
             session.1.run("SELECT pg_wal_replay_resume()", QUERY).await?;
         }
-        if !*asked {
+        if asked.is_none() {
             if hurdle {
                 session.1.run("CHECKPOINT", deadline.saturating_duration_since(Instant::now())).await?;
             }
@@ -89,7 +121,7 @@ impl Orders {
             let _turn = self.lock(number, deadline).await.map_err(|refusal| anyhow!(refusal.message))?;
             self.node.conf().take_timelines(sample.timeline, above)?;
             session.1.run("SELECT pg_promote(false)", QUERY).await?;
-            *asked = true;
+            *asked = Some(Instant::now());
         }
         self.ready.put(session);
         Ok(None)
@@ -104,7 +136,7 @@ impl Orders {
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             if !status.is_writable() {
-                return Err(Refusal::new("not_primary", "it is not writable"));
+                return Err(Refusal::new(Code::NotPrimary, "it is not writable"));
             }
             self.node.configure(None, Some(nodes))?;
         }
@@ -131,26 +163,32 @@ impl Orders {
         let waits = |sample: &Sample| !sample.in_recovery && sample.wait_for.contains(standby);
         let before = session.sample(QUERY).await?;
         if !waits(&before) {
-            return Err(Refusal::new("not_waited_for", format!("commits do not wait for {standby}")));
+            return Err(Refusal::new(Code::NotWaitedFor, format!("commits do not wait for {standby}")));
         }
         session.run("CHECKPOINT", deadline.saturating_duration_since(Instant::now())).await?;
         let mut mark: Option<Lsn> = None;
         loop {
             let sample = session.sample(QUERY).await?;
             if sample.wait_for != before.wait_for || sample.in_recovery {
-                return Err(Refusal::new("superseded", "what commits wait for has changed"));
+                return Err(Refusal::new(Code::Superseded, "what commits wait for has changed"));
             }
             let target = *mark.get_or_insert(sample.lsn);
-            let found = sample.standbys.iter().find(|attached| attached.node == standby);
-            let Some(found) = found.filter(|found| found.streaming && found.sync) else {
-                return Err(Refusal::new("not_sync", format!("{standby} is not attached as synchronous")));
+            let mut bearing = sample.standbys.iter().filter(|attached| attached.node == standby);
+            let found = bearing.next().filter(|found| found.is_genuine() && found.sync);
+            let Some(found) = found.filter(|_| bearing.next().is_none()) else {
+                return Err(Refusal::new(
+                    Code::NotSync,
+                    format!("{standby} is not attached as synchronous, or not alone under its name"),
+                ));
             };
             if found.flushed >= target {
+                // Whatever was acknowledged while somebody had it wait for nobody, the standby has now.
+                self.node.set_touched(false);
                 return Ok(self.status());
             }
             if Instant::now() >= deadline {
                 return Err(Refusal::new(
-                    "timeout",
+                    Code::Timeout,
                     format!("{standby} has {}, not {target}", found.flushed),
                 ));
             }
@@ -163,13 +201,15 @@ impl Orders {
         let (life, session) = self.ready.take().await?;
         sampler::prepare(&session, &self.node.settings().replication_user, left()).await?;
         let epoch = i64::try_from(epoch).unwrap_or(i64::MAX);
-        let sql = "WITH e AS (INSERT INTO tier0_failover.epoch (epoch, node) VALUES ($1, $2) ON CONFLICT DO NOTHING) \
-                   UPDATE tier0_failover.marker SET number = number + 1 RETURNING number";
-        let row = timeout(left(), session.client.query_one(sql, &[&epoch, &self.node.settings().node]))
+        let sql = format!(
+            "WITH e AS (INSERT INTO tier0_failover.epoch (epoch, node) VALUES ($1, $2) ON CONFLICT DO NOTHING) {}",
+            sampler::MARK
+        );
+        let row = timeout(left(), session.client.query_one(&sql, &[&epoch, &self.node.settings().node]))
             .await
-            .map_err(|_| Refusal::new("timeout", "the commit was not acknowledged in time"))?
+            .map_err(|_| Refusal::new(Code::Timeout, "the commit was not acknowledged in time"))?
             .context("commit the epoch")?;
-        sampler::acknowledge(&self.node.shared, row.try_get(0).context("read the marker")?);
+        sampler::acknowledge(&self.node.shared, life, &row);
         self.ready.put((life, session));
         Ok(self.status())
     }

@@ -10,12 +10,15 @@ use super::{LOOK, Orders, QUERY};
 use crate::agent::conf::GUARD;
 use crate::agent::local::Local;
 use crate::agent::node::Refusal;
-use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Sample, Stop, UNREAD, Upstream};
+use crate::agent::symptoms;
+use crate::protocol::{Code, Node, NodeStatus, Postmaster, Rejoin, Sample, Stop, Upstream};
 
 /// A standby that can stream does so within this time after its start.
 const STREAM: Duration = Duration::from_secs(15);
-/// A standby that still asks for WAL its upstream has removed, after so long, will not get it.
-const WAL_GONE: Duration = Duration::from_secs(3);
+/// A standby whose log names a reason, after so long, is not helped by waiting.
+const HOPELESS: Duration = Duration::from_secs(3);
+/// What a copy needs beside the databases: WAL that comes meanwhile.
+const ROOM: u64 = 256 << 20;
 /// Before a rebuild; a standby's shutdown writes a restartpoint.
 const STOP: Duration = Duration::from_secs(60);
 
@@ -25,22 +28,23 @@ impl Orders {
         number: u64,
         upstream: &Upstream,
         how: Rejoin,
-        guard: bool,
+        slots: &BTreeSet<Node>,
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
-        let names = guarded(guard);
+        let names = guarded();
         if how != Rejoin::Follow {
             self.rebuild(number, upstream, how, &names, deadline).await?;
         }
+        let from = self.log_end();
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             if status.is_writable() {
-                return Err(Refusal::new("leads", "it is writable; halt it first"));
+                return Err(Refusal::new(Code::Leads, "it is writable; halt it first"));
             }
             if status.estranged {
                 let message =
                     "its data was a primary's and has not been rewound; only a rewind or a clone helps";
-                return Err(Refusal::new("estranged", message));
+                return Err(Refusal::new(Code::Estranged, message));
             }
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
@@ -62,31 +66,37 @@ impl Orders {
             if streaming.is_some_and(|sample| sample.wait_for == names) {
                 break;
             }
-            // It would ask for it for ever. By now what the log's end says is of this start.
-            let log = if began.elapsed() > WAL_GONE { self.log() } else { String::new() };
-            if ["has already been removed", "has been invalidated"].iter().any(|said| log.contains(said)) {
-                return Err(Refusal::new(
-                    "wal_gone",
-                    format!("the upstream no longer has WAL that it needs{log}"),
-                ));
+            // It would try for ever.
+            let log = if began.elapsed() > HOPELESS { self.log(from) } else { String::new() };
+            if let Some(code) = symptoms::of_log(&log).filter(|code| *code != Code::NotStreaming) {
+                return Err(Refusal::new(code, format!("it cannot stream{log}")));
             }
-            self.not_ended(&status)?;
+            if began.elapsed() > HOPELESS
+                && let Some(trouble) = &status.trouble
+            {
+                let code = symptoms::of_log(trouble).filter(|code| *code == Code::Access);
+                if let Some(code) = code {
+                    let message = format!("the agent cannot ask its Postgres: {trouble}");
+                    return Err(Refusal::new(code, message));
+                }
+            }
+            self.not_ended(&status, from)?;
             // Crash recovery takes its time; only a standby that answers can be blamed for not streaming.
             let limit = if status.postmaster == Postmaster::Starting { deadline } else { patience };
             if Instant::now() >= limit && streaming.is_some() {
-                let message = format!("it streams, but reads no configuration{}", self.log());
-                return Err(Refusal::new(UNREAD, message));
+                let message = format!("it streams, but reads no configuration{}", self.log(from));
+                return Err(Refusal::new(Code::Unread, message));
             }
             if Instant::now() >= limit {
                 return Err(Refusal::new(
-                    "not_streaming",
-                    format!("it does not stream from {}:{}{}", upstream.host, upstream.port, self.log()),
+                    Code::NotStreaming,
+                    format!("it does not stream from {}:{}{}", upstream.host, upstream.port, self.log(from)),
                 ));
             }
             self.check(number, deadline)?;
             self.node.shared.newer_than(status.seq, Duration::from_millis(100)).await;
         }
-        self.drop_slots().await;
+        self.drop_slots(slots).await;
         Ok(self.status())
     }
 
@@ -101,11 +111,19 @@ impl Orders {
     ) -> Result<(), Refusal> {
         let (turn, status) = self.turn(number, deadline).await?;
         drop(turn);
-        self.is_primary(upstream).await?;
+        self.is_ours()?;
+        let size = self.is_primary(upstream).await?;
+        // Somebody may have promoted it since the order was given.
+        if status.is_writable() {
+            return Err(Refusal::new(Code::Leads, "it is writable; halt it first"));
+        }
         if how == Rejoin::Rewind
             && (self.node.half_built().is_some() || status.is_stopped() && status.control.is_none())
         {
-            return Err(Refusal::new("half_built", "the data cannot be rewound; only a clone helps"));
+            return Err(Refusal::new(Code::HalfBuilt, "the data cannot be rewound; only a clone helps"));
+        }
+        if how == Rejoin::Clone {
+            self.has_room(size)?;
         }
         if !status.is_stopped() {
             self.halt(number, Stop::Fast, deadline.min(Instant::now() + STOP)).await?;
@@ -113,34 +131,30 @@ impl Orders {
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             if !status.is_stopped() {
-                return Err(Refusal::new("busy", "it runs again; halt it first"));
+                return Err(Refusal::new(Code::Busy, "it runs again; halt it first"));
             }
             // From here on nobody starts it.
             self.node.begin_rebuild(how)?;
         }
         let limit = deadline.saturating_duration_since(Instant::now());
-        Ok(self.node.rebuild(how, upstream, names, limit).await?)
+        self.node.rebuild(how, upstream, names, limit).await
     }
 
     /// Runs as a standby of nobody. Data that was a primary's is marked: it may have what no other node has, and must
     /// not follow one until it was rewound or cloned.
-    pub(super) async fn wake(
-        &self,
-        number: u64,
-        guard: bool,
-        deadline: Instant,
-    ) -> Result<NodeStatus, Refusal> {
+    pub(super) async fn wake(&self, number: u64, deadline: Instant) -> Result<NodeStatus, Refusal> {
+        let from = self.log_end();
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             if status.is_writable() {
-                return Err(Refusal::new("leads", "it is writable; halt it first"));
+                return Err(Refusal::new(Code::Leads, "it is writable; halt it first"));
             }
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
                 if status.control.as_ref().is_some_and(|control| !control.standby) {
                     self.node.set_estranged(true)?;
                 }
-                self.node.configure(None, Some(&guarded(guard)))?;
+                self.node.configure(None, Some(&guarded()))?;
                 self.node.start_as_standby(status.control.as_ref()).await?;
             }
         }
@@ -149,33 +163,64 @@ impl Orders {
             if status.is_standby() {
                 return Ok(status);
             }
-            self.not_ended(&status)?;
+            self.not_ended(&status, from)?;
             self.check(number, deadline)?;
             self.node.shared.newer_than(status.seq, Duration::from_millis(100)).await;
         }
     }
 
-    /// A rebuild must not begin before its source is known to be there: it ends with the data gone.
-    async fn is_primary(&self, upstream: &Upstream) -> Result<(), Refusal> {
-        let session = Local::of(self.node.settings(), upstream).open().await.context("reach the upstream")?;
+    /// A rebuild must not begin before its source is known to be there. Answers with the size of what a copy would hold, if
+    /// the upstream tells.
+    async fn is_primary(&self, upstream: &Upstream) -> Result<Option<u64>, Refusal> {
+        let session = Local::of(self.node.settings(), upstream).open().await.map_err(|error| {
+            let text = format!("reach the upstream: {error:#}");
+            Refusal::new(symptoms::of_tool(&text), text)
+        })?;
         let row = timeout(QUERY, session.client.query_one("SELECT pg_is_in_recovery()", &[]))
             .await
             .map_err(|_| anyhow!("the upstream does not answer"))?
             .context("ask the upstream")?;
         if row.try_get::<_, bool>(0).context("read the answer")? {
-            return Err(Refusal::new("no_upstream", "the upstream is a standby itself"));
+            return Err(Refusal::new(Code::NoUpstream, "the upstream is a standby itself"));
         }
-        Ok(())
+        let sum = "SELECT sum(pg_database_size(oid))::bigint FROM pg_database WHERE datallowconn";
+        let size = match timeout(QUERY, session.client.query_one(sum, &[])).await {
+            Ok(Ok(row)) => row.try_get::<_, Option<i64>>(0).ok().flatten(),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "the upstream does not tell its size");
+                None
+            }
+            Err(_) => None,
+        };
+        Ok(size.and_then(|size| u64::try_from(size).ok()))
     }
 
-    /// A standby's own unused slots would keep its WAL for nobody.
-    async fn drop_slots(&self) {
+    /// The old data stays until the copy is whole: there must be room for both.
+    fn has_room(&self, size: Option<u64>) -> Result<(), Refusal> {
+        let data = &self.node.settings().data;
+        let Ok(disk) = nix::sys::statvfs::statvfs(data) else { return Ok(()) };
+        let free = disk.blocks_available() * disk.fragment_size();
+        match size {
+            Some(size) if free < size + ROOM => {
+                let message = format!(
+                    "a copy of {size} bytes does not fit beside the old data: {free} bytes are free at {}. Free space; the old data is \
+                     kept until the copy is whole",
+                    data.display()
+                );
+                Err(Refusal::new(Code::Space, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Its own unused slots would keep a standby's WAL for nobody. Slots of other names are other people's.
+    async fn drop_slots(&self, slots: &BTreeSet<Node>) {
         let dropped = async {
             let session = self.ready.take().await?;
-            session
-                .1
-                .run("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE NOT active AND slot_type = 'physical'", QUERY)
-                .await?;
+            let slots: Vec<&str> = slots.iter().map(String::as_str).collect();
+            let sql = "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots \
+                       WHERE NOT active AND slot_type = 'physical' AND slot_name = ANY ($1)";
+            timeout(QUERY, session.1.client.query(sql, &[&slots])).await.context("no answer")??;
             self.ready.put(session);
             anyhow::Ok(())
         };
@@ -188,7 +233,7 @@ impl Orders {
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             if status.is_writable() {
-                return Err(Refusal::new("leads", "it is writable, not a standby"));
+                return Err(Refusal::new(Code::Leads, "it is writable, not a standby"));
             }
             self.node.doubt();
             self.node.configure(None, None)?;
@@ -216,7 +261,7 @@ impl Orders {
     }
 }
 
-/// Whom a standby's commits wait for, should it ever lead.
-fn guarded(guard: bool) -> BTreeSet<Node> {
-    if guard { [GUARD.to_owned()].into() } else { BTreeSet::new() }
+/// Whom a standby's commits wait for, should it ever lead: nobody bears that name.
+fn guarded() -> BTreeSet<Node> {
+    [GUARD.to_owned()].into()
 }

@@ -63,7 +63,7 @@ async fn node(dir: &Path) -> Arc<Orders> {
 }
 
 fn command(epoch: u64, what: Order) -> Command {
-    Command { epoch, limit_ms: 10_000, what }
+    Command { orchestrator: "o".into(), displaces: Default::default(), epoch, limit_ms: 10_000, what }
 }
 
 fn lead() -> Order {
@@ -131,7 +131,10 @@ async fn halted_means_that_no_start_is_on_its_way() {
     assert!(halt.await.unwrap().is_stopped());
     nothing_runs(dir.path(), &orders).await;
     let led = leading.join_next().await.unwrap().unwrap();
-    assert!(matches!(led.as_ref().map_err(|refusal| refusal.code), Err("superseded" | "ended")), "{led:?}");
+    assert!(
+        matches!(led.as_ref().map_err(|refusal| refusal.code), Err(Code::Superseded | Code::Ended)),
+        "{led:?}"
+    );
     nothing_runs(dir.path(), &orders).await;
 }
 
@@ -147,7 +150,7 @@ async fn an_agent_that_ends_starts_nothing_any_more() {
     end.await.unwrap();
     assert!(leading.join_next().await.unwrap().unwrap().is_err());
     for what in [lead(), Order::Detach] {
-        assert_eq!(orders.carry_out(command(2, what)).await.unwrap_err().code, "ending");
+        assert_eq!(orders.carry_out(command(2, what)).await.unwrap_err().code, Code::Ending);
     }
     nothing_runs(dir.path(), &orders).await;
 }
@@ -171,7 +174,7 @@ async fn an_older_epoch_never_gets_a_higher_number() {
     let (go, wait) = std::sync::mpsc::sync_channel::<()>(1);
     let old = orders.clone();
     let held = std::thread::spawn(move || {
-        old.node.accept(5, || {
+        old.node.accept(&command(5, Order::Detach), || {
             entered.send(()).unwrap();
             wait.recv().unwrap();
             old.next()
@@ -180,7 +183,9 @@ async fn an_older_epoch_never_gets_a_higher_number() {
     is_in.recv().unwrap();
     let new = orders.clone();
     let (done, answer) = std::sync::mpsc::sync_channel(1);
-    let newer = std::thread::spawn(move || done.send(new.node.accept(6, || new.next())).unwrap());
+    let newer = std::thread::spawn(move || {
+        done.send(new.node.accept(&command(6, Order::Detach), || new.next())).unwrap()
+    });
     let early = answer.recv_timeout(Duration::from_millis(200));
     assert!(early.is_err(), "a newer epoch came in between");
     go.send(()).unwrap();
@@ -188,7 +193,7 @@ async fn an_older_epoch_never_gets_a_higher_number() {
     let high = answer.recv().unwrap().unwrap().unwrap();
     newer.join().unwrap();
     assert!(low < high, "{low} {high}");
-    assert_eq!(orders.carry_out(command(5, Order::Detach)).await.unwrap_err().code, "old_epoch");
+    assert_eq!(orders.carry_out(command(5, Order::Detach)).await.unwrap_err().code, Code::OldEpoch);
 }
 
 /// A reload makes every process of Postgres read its configuration again; not twice in a failover.

@@ -7,7 +7,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{Api, problem, refuse};
+use super::{Api, refuse, starting};
 use crate::operation::Kind;
 use crate::orchestrator::checks::{self, Check, Question};
 use crate::orchestrator::engine;
@@ -34,9 +34,7 @@ pub struct Plan {
 }
 
 pub(super) fn plan(api: &Api, question: &Question) -> Response {
-    let Some(state) = api.remote.state() else {
-        return problem(503, "starting", "no primary is known yet; see GET /health", serde_json::Value::Null);
-    };
+    let Some(state) = api.remote.state() else { return starting(api) };
     let (view, now) = (api.remote.watched.view(), api.remote.watched.now());
     let verdict = checks::judge(question, &state, &view, &api.rules, now);
     if let Err(denied) = &verdict.outcome

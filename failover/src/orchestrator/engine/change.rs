@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use anyhow::Context;
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout};
 
@@ -12,12 +13,14 @@ use super::Engine;
 use crate::decide;
 use crate::hands::Hands;
 use crate::history::Entry;
-use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord};
+use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord, StepStatus};
 use crate::orchestrator::checks::{self, Question};
 use crate::orchestrator::trace;
 use crate::protocol::{Node, Postmaster};
 use crate::state::{Copies, State};
 
+/// Who asks for a failover that nobody asked for.
+pub(super) const AUTOMATIC: &str = "automatic";
 /// Longest wait for how a postmaster ended.
 const LEARN: Duration = Duration::from_secs(2);
 
@@ -56,8 +59,8 @@ impl Engine {
             // The source may be silent by now; its standbys are on its timeline.
             timeline: view.timeline(state.above),
             marker: source.map_or(0, |status| status.marker),
+            acknowledged: source.map_or_else(Default::default, |status| status.acknowledged),
             bytes_at_risk,
-            guard: self.rules.guards(),
             two_copies: self.rules.copies == Copies::TwoCopies,
         };
         self.remote.passed.send_replace(String::new());
@@ -115,19 +118,19 @@ impl Engine {
             // The fence may have chosen another one than was asked for; the decision is durable by now.
             let decided = self.remote.state()?.primary;
             let (status, detail) = match redis.follow(&decided).await {
-                Ok(moved) => match moved.is_master.zip(moved.sentinel_agrees) {
+                Ok(moved) => match moved.is_master.zip(moved.sentinels_agree) {
                     Some((master, agrees)) => (
-                        "done",
+                        StepStatus::Done,
                         format!(
-                            "Redis of {} is master after {} ms, Sentinel says so after {} ms",
+                            "Redis of {} is master after {} ms, most Sentinels say so after {} ms",
                             moved.to,
                             master.as_millis(),
                             agrees.as_millis()
                         ),
                     ),
-                    None => ("done", format!("Redis of {} is master already", moved.to)),
+                    None => (StepStatus::Done, format!("Redis of {} is master already", moved.to)),
                 },
-                Err(error) => ("failed", format!("{error:#}")),
+                Err(error) => (StepStatus::Failed, format!("{error:#}")),
             };
             Some(StepRecord::new(0, "redis", started, status, detail))
         };
@@ -153,7 +156,7 @@ impl Engine {
 
     /// Into the history first, then out of the journal: dying in between makes neither a gap nor a double.
     pub(super) fn close(
-        &self,
+        &mut self,
         state: &mut State,
         mut operation: Operation,
         failure: Option<Failure>,
@@ -164,13 +167,15 @@ impl Engine {
             record.number = u32::try_from(operation.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
             operation.steps.push(record);
         }
-        let decided = operation.is_decided();
+        let by_word = matches!(operation.kind, Kind::Adopted | Kind::Discarded);
+        let decided = operation.is_decided() && !by_word;
         match &failure {
             None => tracing::warn!(
+                kind = ?operation.kind,
                 source = operation.source,
                 target = operation.target,
                 gap_ms = operation.write_gap_ms,
-                "failover done"
+                "done"
             ),
             Some(failure) => tracing::error!(
                 step = failure.step.name(),
@@ -179,7 +184,14 @@ impl Engine {
                 "failover failed"
             ),
         }
-        let entry = {
+        // A failover that fails is tried again until it works or somebody helps: one entry tells of all these tries.
+        let failed = failure.as_ref().map(|failure| (operation.source.clone(), failure.step));
+        let known = failed.is_some() && failed == self.told && operation.actor == AUTOMATIC;
+        self.told = failed.filter(|_| operation.actor == AUTOMATIC);
+        let entry = if known {
+            let history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+            history.entries().last().context("the entry of the first try")?.clone()
+        } else {
             let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
             history.append(operation, failure, took)?.clone()
         };
@@ -191,7 +203,13 @@ impl Engine {
         self.metrics.finished(&entry);
         self.tracer.record(true, || trace::tell(&entry));
         // What was ordered before the change says nothing about after it.
-        self.remote.watched.revise(|view| view.nodes.values_mut().for_each(|seen| seen.failed = None));
+        self.remote.watched.revise(|view| {
+            for seen in view.nodes.values_mut() {
+                (seen.cure, seen.trouble, seen.tries) = (None, None, 0);
+                // Nor does it come and go by itself.
+                (seen.drops, seen.present_since) = (Vec::new(), None);
+            }
+        });
         Ok(entry)
     }
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use failover::operation::StepStatus;
 use failover::orchestrator::report::Report;
 
 use super::{FailoverBenchArgs, Scenario};
@@ -108,6 +109,8 @@ async fn round(stage: &mut Stage, scenario: Scenario) -> anyhow::Result<Round> {
     let from = stage.regions()?.whole(LIMIT).await?.current_region;
     let to = if from == "region1" { "region2" } else { "region1" };
     stage.cluster.led_by(&from)?;
+    // After a round that killed its master the orchestrator leads it back.
+    stage.regions()?.until("Redis follows", LIMIT, |status| status.redis.follows).await?;
     let redis = stage.regions()?.redis.as_mut().context("a stage with Redis")?;
     redis.settled(LIMIT).await?;
     flushed().await?;
@@ -163,7 +166,7 @@ fn work(report: Report) -> Vec<(String, f64)> {
 
 fn redis_seconds(report: &Report) -> Option<f64> {
     let step = report.steps.iter().find(|step| step.action == "redis")?;
-    (step.status == "done").then_some(step.duration_ms / 1000.0)
+    (step.status == StepStatus::Done).then_some(step.duration_ms / 1000.0)
 }
 
 async fn redis_kill(stage: &mut Stage) -> anyhow::Result<Round> {

@@ -11,7 +11,8 @@ use super::shell;
 use crate::settings::{self, PROGRAMS};
 
 /// The machine's own, in pipes and loops; nothing of ours that could be wrong.
-const FOREIGN: [&str; 32] = [
+const FOREIGN: [&str; 33] = [
+    "date",
     "awk",
     "base64",
     "cat",
@@ -71,6 +72,10 @@ impl Commands {
 
     /// Every command of a block must be known.
     pub(super) fn block(&mut self, text: &str) -> Found {
+        // A message, not a command: the decoder's tests read those of docs/devices.md.
+        if text.starts_with(['{', '[']) {
+            return Ok(Vec::new());
+        }
         let commands = shell::commands(text)?;
         let mut asks = Vec::new();
         for (at, words) in commands.iter().enumerate() {

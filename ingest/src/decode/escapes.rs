@@ -1,7 +1,7 @@
-//! Escapes that are valid JSON but that jsonb refuses: finding them here keeps a whole batch from being sent in vain.
+//! Escapes that are valid JSON but that jsonb refuses.
 
 /// Why Postgres would refuse this (valid) JSON text as jsonb, as far as escapes are concerned.
-pub(super) fn refused_by_jsonb(json: &[u8]) -> Option<&'static str> {
+pub(super) fn refused(json: &[u8]) -> Option<&'static str> {
     let mut rest = json;
     let mut after_high = false;
     while let Some(at) = memchr::memchr(b'\\', rest) {
@@ -36,7 +36,7 @@ mod tests {
 
     #[test]
     fn finds_what_jsonb_refuses_and_nothing_else() {
-        for (json, refused) in [
+        for (json, expected) in [
             (r#"{"a":"b"}"#, false),
             (r#"{"a":"\n\"\\u0000"}"#, false),
             (r#"{"a":"\\\u0000"}"#, true),
@@ -51,7 +51,7 @@ mod tests {
             (r#"{"a":"\ude00"}"#, true),
             (r#"{"a":"\ud83d\ud83d\ude00"}"#, true),
         ] {
-            assert_eq!(refused_by_jsonb(json.as_bytes()).is_some(), refused, "{json}");
+            assert_eq!(refused(json.as_bytes()).is_some(), expected, "{json}");
         }
     }
 }
