@@ -88,12 +88,12 @@ impl Hands for Simulated {
         if world.saves_left == 0 {
             // Whether the file arrived before the power went is a matter of luck.
             if world.random.random_bool(0.5) {
-                world.saved = state.clone();
+                world.record(state);
             }
             anyhow::bail!("the orchestrator died");
         }
         world.saves_left -= 1;
-        world.saved = state.clone();
+        world.record(state);
         Ok(())
     }
 

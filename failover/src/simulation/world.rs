@@ -79,6 +79,8 @@ pub(super) struct World {
     /// The orchestrator dies at the save after so many.
     pub(super) saves_left: u32,
     pub(super) saved: State,
+    /// Epoch and primary of the newest decision, whatever was restored since.
+    pub(super) newest: (u64, Node),
     /// Timelines that were given out. None is given twice.
     timelines: BTreeSet<u32>,
 }
@@ -134,8 +136,17 @@ impl World {
             late: Vec::new(),
             saves_left: u32::MAX,
             saved: State { id: "o".into(), ..State::first(name(1), "s".into(), BTreeSet::new()) },
+            newest: (0, name(1)),
             timelines: [1].into(),
         }
+    }
+
+    /// The orchestrator's file.
+    pub(super) fn record(&mut self, state: &State) {
+        if state.epoch >= self.newest.0 {
+            self.newest = (state.epoch, state.primary.clone());
+        }
+        self.saved = state.clone();
     }
 
     fn attached(&self, standby: &str, primary: &str) -> bool {

@@ -36,7 +36,7 @@ impl World {
                 machine.impostors.insert(other);
                 machine.touched |= machine.running && !machine.standby;
                 // No fence holds one that a stranger helps to acknowledge.
-                machine.by_hand |= self.saved.primary != node || !machine.reachable || machine.frozen;
+                machine.by_hand |= self.newest.1 != node || !machine.reachable || machine.frozen;
             }
             8 => self.machines.get_mut(&node).unwrap().impostors.clear(),
             _ => {
@@ -85,7 +85,7 @@ impl World {
         if machine.running {
             machine.wait_for.clear();
             (machine.guarded, machine.touched) = (false, true);
-            machine.by_hand |= self.saved.primary != node;
+            machine.by_hand |= self.newest.1 != node;
             // It has no upstream either any more.
             machine.upstream = None;
         }
