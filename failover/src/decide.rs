@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::protocol::{Node, Postmaster, Rejoin, Sample, Upstream};
+use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
 use crate::state::{Copies, Mode, State};
 use crate::view::{Condition, Doubt, Policy, Seen, View};
 
@@ -122,7 +122,7 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
     }
     let idle = |node: &str| view.node(node).is_some_and(|seen| !seen.busy && now >= seen.not_before);
     for (node, seen) in &view.nodes {
-        let writable = seen.fresh(now, policy).is_some_and(crate::protocol::NodeStatus::is_writable);
+        let writable = seen.fresh(now, policy).is_some_and(NodeStatus::is_writable);
         if *node != state.primary && writable && idle(node) {
             return Action::HaltStray { node: node.clone() };
         }
@@ -342,11 +342,27 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
         if kept && !status.empty {
             continue;
         }
+        let misled = misled(status, leader, state, rules);
+        if let Some(reason) = misled.clone().filter(|_| !kept && !state.discarded.contains(node)) {
+            return Action::Keep { node: node.clone(), reason };
+        }
         if let Some(how) = way_back(seen, upstream, leader, now, &rules.policy) {
+            let how = if misled.is_some() { Rejoin::Clone } else { how };
             return Action::Rejoin { node: node.clone(), how };
         }
     }
     Action::Nothing
+}
+
+/// Why the WAL of a standby may be of another history under the primary's number: it has reached that number while it was told
+/// to follow somebody else. Postgres compares numbers and positions only, and would mix the two.
+fn misled(status: &NodeStatus, leader: u32, state: &State, rules: &Rules) -> Option<String> {
+    let followed = status.upstream.as_ref()?;
+    let (other, _) = rules.addresses.iter().find(|(_, address)| *address == followed)?;
+    let primary = &state.primary;
+    (leader > 1 && status.timeline() == leader && other != primary && *other != status.node).then(|| {
+        format!("it has followed {other} to timeline {leader}, which is {primary}'s number too: it may have another history")
+    })
 }
 
 /// How a standby comes back, or `None` when it needs no help. `leader` is the primary's timeline.

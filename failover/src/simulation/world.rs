@@ -301,7 +301,9 @@ impl World {
                 machine.wait_for.clone_from(wait_for);
                 machine.running = true;
                 machine.upstream = None;
-                (machine.guarded, machine.by_hand, machine.told) = (false, false, 0);
+                (machine.guarded, machine.told) = (false, 0);
+                // An order that comes late brings no fence to one that a stranger helps to acknowledge.
+                machine.by_hand = !machine.impostors.is_empty() && self.newest.1 != node;
                 // One that was overtaken steps back and is promoted again.
                 if machine.standby || machine.timeline <= *above {
                     machine.standby = false;
@@ -334,7 +336,11 @@ impl World {
                     Rejoin::Follow => {
                         // Postgres would not notice.
                         let mixed = ready && machine.timeline == timeline && !log.starts_with(&machine.log);
-                        assert!(!mixed, "{node} would mix two histories: {:#?}", self.machines);
+                        assert!(
+                            !mixed,
+                            "{node} would mix two histories: {:#?} {:#?}",
+                            self.machines, self.events
+                        );
                     }
                     _ if !ready => return Err(refuse("no source")),
                     Rejoin::Rewind if !machine.data || machine.timeline == timeline => {
