@@ -348,6 +348,10 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
         }
         if let Some(how) = way_back(seen, upstream, leader, now, &rules.policy) {
             let how = if misled.is_some() { Rejoin::Clone } else { how };
+            if status.touched && how != Rejoin::Follow && !state.discarded.contains(node) {
+                let reason = "somebody has used its data beside its agent: it may have readings that no other node has";
+                return Action::Keep { node: node.clone(), reason: reason.into() };
+            }
             return Action::Rejoin { node: node.clone(), how };
         }
     }
@@ -394,7 +398,9 @@ fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy
             None => Rejoin::Clone,
             Some(_) if status.estranged => parted,
             Some(control) if control.standby => Rejoin::Follow,
-            Some(control) if control.state == "shut down" && parted != Rejoin::Clone => Rejoin::Follow,
+            Some(control) if control.state == "shut down" && !status.touched && parted != Rejoin::Clone => {
+                Rejoin::Follow
+            }
             Some(_) => parted,
         },
     };

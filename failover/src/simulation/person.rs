@@ -22,6 +22,7 @@ impl Run {
             self.world(|world| {
                 world.events.push(format!("state restored {old:?}"));
                 world.saved = old;
+                world.forgotten();
             });
             self.reincarnate();
         } else {

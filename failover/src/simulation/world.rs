@@ -228,6 +228,18 @@ impl World {
         true
     }
 
+    /// What one node alone has acknowledged, because somebody had its commits wait for nobody, only the file knew that is
+    /// replaced by an older one: no agent need have heard of it.
+    pub(super) fn forgotten(&mut self) {
+        for (node, machine) in &self.machines {
+            let others = || self.machines.iter().filter(|(other, _)| *other != node);
+            let alone = |commit: &u32| !others().any(|(_, other)| other.log.contains(commit));
+            for commit in machine.log.iter().filter(|commit| machine.touched && alone(commit)) {
+                self.acknowledged.remove(commit);
+            }
+        }
+    }
+
     /// No fence holds one that a stranger helps to acknowledge, or whose commits somebody made wait for nobody, when the
     /// orchestrator does not see it; nor one that was given up for `leader`.
     pub(super) fn out_of_sight(&mut self, leader: Option<&str>) {
@@ -333,6 +345,9 @@ impl World {
                 match how {
                     Rejoin::Follow if !machine.data => return Err(why(Code::NoData, "no data")),
                     Rejoin::Follow if machine.estranged => return Err(why(Code::Estranged, "a primary's")),
+                    Rejoin::Follow if !machine.running && machine.touched && !machine.standby => {
+                        return Err(why(Code::Estranged, "somebody has used it"));
+                    }
                     Rejoin::Follow => {
                         // Postgres would not notice.
                         let mixed = ready && machine.timeline == timeline && !log.starts_with(&machine.log);

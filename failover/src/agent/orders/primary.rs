@@ -18,6 +18,14 @@ const READERS: Duration = Duration::from_millis(250);
 /// Of a primary that was overtaken.
 const STOP: Duration = Duration::from_secs(10);
 
+/// What a primary is told.
+struct Office<'a> {
+    wait_for: &'a BTreeSet<Node>,
+    slots: &'a BTreeSet<Node>,
+    /// Its timeline is to be higher than this.
+    above: u32,
+}
+
 impl Orders {
     pub(super) async fn lead(
         &self,
@@ -27,6 +35,7 @@ impl Orders {
         above: u32,
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
+        let office = Office { wait_for, slots, above };
         let hurdle;
         let from = self.log_end();
         self.step_back(number, above, deadline).await?;
@@ -51,7 +60,7 @@ impl Orders {
         loop {
             self.check(number, deadline)?;
             self.not_ended(&self.status(), from)?;
-            match self.try_lead(number, wait_for, hurdle, above, deadline, &mut asked).await {
+            match self.try_lead(number, &office, hurdle, deadline, &mut asked).await {
                 Ok(Some((session, sample))) => {
                     self.node.set_estranged(false)?;
                     make_slots(&session.1, slots).await?;
@@ -80,9 +89,8 @@ impl Orders {
     async fn try_lead(
         &self,
         number: u64,
-        wait_for: &BTreeSet<Node>,
+        office: &Office<'_>,
         hurdle: bool,
-        above: u32,
         deadline: Instant,
         asked: &mut Option<Instant>,
     ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
@@ -103,7 +111,7 @@ impl Orders {
             return Ok(None);
         }
         let sample = session.1.sample(QUERY).await?;
-        if sample.wait_for != *wait_for {
+        if sample.wait_for != *office.wait_for {
             self.ready.put(session);
             return Ok(None);
         }
@@ -119,9 +127,14 @@ impl Orders {
             }
             // Whatever was ordered meanwhile comes first.
             let _turn = self.lock(number, deadline).await.map_err(|refusal| anyhow!(refusal.message))?;
-            self.node.conf().take_timelines(sample.timeline, above)?;
+            self.node.conf().take_timelines(sample.timeline, office.above)?;
             session.1.run("SELECT pg_promote(false)", QUERY).await?;
             *asked = Some(Instant::now());
+            // While it is at that, and before its first checkpoint: what they keep begins with the last one that it has in
+            // common with the former primary, from which that one is rewound.
+            if let Err(error) = make_slots(&session.1, office.slots).await {
+                tracing::debug!(error = format!("{error:#}"), "no slots yet");
+            }
         }
         self.ready.put(session);
         Ok(None)

@@ -48,6 +48,10 @@ impl Orders {
             }
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
+                if status.touched && status.control.as_ref().is_some_and(|control| !control.standby) {
+                    let message = "somebody has used its data as a primary's; only a rewind or a clone helps";
+                    return Err(Refusal::new(Code::Estranged, message));
+                }
             }
             self.node.configure(Some(upstream), Some(&names))?;
             if status.is_stopped() {
