@@ -203,7 +203,12 @@ fn overtaken(state: &State, view: &View, rules: &Rules, now: Duration, doubts: &
 
 /// A member of the sync set that commits do not wait for, or not for it alone, whatever was ordered.
 fn distrusted<'a>(state: &'a State, sample: &Sample) -> Option<&'a Node> {
-    state.sync_set.iter().find(|node| !sample.wait_for.contains(*node) || !is_alone(sample, node))
+    state.sync_set.iter().find(|node| !holds(sample, node))
+}
+
+/// Each commit waits for this one, and for nobody else in its name.
+pub(crate) fn holds(sample: &Sample, node: &Node) -> bool {
+    sample.wait_for.contains(node) && is_alone(sample, node)
 }
 
 /// Nobody else streams under its name: who of two has acknowledged a commit, nobody would know.

@@ -74,6 +74,8 @@ pub enum Code {
     Leads,
     /// Its data was a primary's.
     Estranged,
+    /// Somebody has used its data beside the agent, and nobody has given it up.
+    Touched,
     /// The upstream is a standby itself.
     NoUpstream,
     NotPrimary,
@@ -138,7 +140,18 @@ pub enum Order {
     },
     /// Run as a standby of `upstream`. Should it ever lead, its commits wait until it is told for whom.
     /// Unused `slots` on it, which are those of the cluster's nodes, are dropped: they would keep WAL for nobody.
-    Stand { upstream: Upstream, how: Rejoin, slots: BTreeSet<Node> },
+    /// An order that comes late must not meet data that has changed since it was decided: what led on timeline `leads` or above,
+    /// which is the least that `upstream` leads on, does not follow it; and what somebody has used beside the agent is rewritten
+    /// only when a person has given it up (`discarded`).
+    Stand {
+        upstream: Upstream,
+        how: Rejoin,
+        slots: BTreeSet<Node>,
+        #[serde(default)]
+        leads: u32,
+        #[serde(default)]
+        discarded: bool,
+    },
     /// Start a stopped node as a standby of nobody, so that what it has can be seen. Data that was a primary's is never
     /// made to follow anybody afterwards without a rewind or a clone.
     Wake,

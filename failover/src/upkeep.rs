@@ -55,7 +55,9 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
                 Rejoin::Rewind => REWIND,
                 Rejoin::Follow => LONG,
             };
-            Some((node.clone(), Order::Stand { upstream, how: *how, slots: slots(rules, node) }, limit))
+            let (slots, leads, discarded) =
+                (slots(rules, node), state.above + 1, state.discarded.contains(node));
+            Some((node.clone(), Order::Stand { upstream, how: *how, slots, leads, discarded }, limit))
         }
         Action::Nothing | Action::Resume | Action::FailOver { .. } | Action::Note { .. } => None,
     }

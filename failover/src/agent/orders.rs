@@ -23,6 +23,7 @@ use crate::agent::node::{Postgres, Refusal};
 use crate::agent::procs;
 use crate::agent::symptoms;
 use crate::protocol::{Code, Command, NodeStatus, Order, Postmaster, Sample, Stop};
+use standby::Standby;
 
 const QUERY: Duration = Duration::from_secs(2);
 /// How often the effect of a reload or a promotion is looked for.
@@ -74,8 +75,9 @@ impl Orders {
             Order::Lead { wait_for, slots, above } => {
                 self.lead(number, &wait_for, &slots, above, deadline).await
             }
-            Order::Stand { upstream, how, slots } => {
-                self.stand(number, &upstream, how, &slots, deadline).await
+            Order::Stand { upstream, how, slots, leads, discarded } => {
+                let role = Standby { upstream, how, slots, leads, discarded };
+                self.stand(number, &role, deadline).await
             }
             Order::Wake => self.wake(number, deadline).await,
             Order::Detach => self.detach(number, deadline).await,

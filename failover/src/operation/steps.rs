@@ -11,6 +11,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Kind, Operation, Step, StepStatus};
+use crate::decide::holds;
 use crate::hands::{Hands, OrderError};
 use crate::lsn::Lsn;
 use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop, Upstream, millis};
@@ -20,8 +21,10 @@ use crate::state::State;
 const SWIFT: Duration = Duration::from_secs(3);
 /// A checkpoint ahead of a planned stop, which nobody waits for.
 const CHECKPOINT: Duration = Duration::from_secs(120);
-/// A fast stop: writers wait from here on. Longer, and the old primary is better left in charge.
-const STOP: Duration = Duration::from_secs(5);
+/// A fast stop: writers wait from here on. One that takes longer ends like the loss of the source: all of it in under 5 s.
+const STOP: Duration = Duration::from_millis(2500);
+/// To start the old primary again.
+const RESTORE: Duration = Duration::from_secs(5);
 /// To bring the decided target into office.
 const PROMOTE: Duration = Duration::from_secs(30);
 /// The fence holds once one member of the sync set is detached. Others that answer within this time are kept; writers
@@ -44,9 +47,10 @@ pub(super) async fn carry_out<H: Hands>(
                 let source = &operation.source;
                 let status = hands.order(source, epoch, Order::Checkpoint, CHECKPOINT).await.map_err(text)?;
                 operation.acknowledged = operation.acknowledged.max(status.acknowledged);
-                // Somebody may have had its commits wait for nobody since these were confirmed.
-                let waits = status.sample.map(|sample| sample.wait_for).unwrap_or_default();
-                let left_out: Vec<Node> = state.sync_set.difference(&waits).cloned().collect();
+                // Somebody may have had its commits wait for nobody, or for a stranger, since these were confirmed.
+                let holds = |node: &Node| status.sample.as_ref().is_some_and(|sample| holds(sample, node));
+                let left_out: Vec<Node> =
+                    state.sync_set.iter().filter(|node| !holds(node)).cloned().collect();
                 if !left_out.is_empty() {
                     // Undoing it makes them wait again, and what was acknowledged meanwhile would be forgotten.
                     left_out.iter().for_each(|node| state.distrust(node));
@@ -367,7 +371,7 @@ pub(super) async fn undo<H: Hands>(
         above: state.above,
     };
     let mut details = Vec::new();
-    match hands.order(&operation.source, state.epoch, lead, STOP).await {
+    match hands.order(&operation.source, state.epoch, lead, RESTORE).await {
         Ok(_) => details.push(format!("{} is the writable primary again", operation.source)),
         Err(error) => details.push(format!("{} is to be started by the upkeep ({error})", operation.source)),
     }
@@ -386,7 +390,8 @@ pub(super) async fn undo<H: Hands>(
 
 fn stand(operation: &Operation, upstream: &Upstream, node: &str) -> Order {
     let slots = operation.addresses.keys().filter(|other| *other != node).cloned().collect();
-    Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, slots }
+    let leads = operation.timeline_before + 1;
+    Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, slots, leads, discarded: false }
 }
 
 fn received(status: &NodeStatus) -> Option<Lsn> {

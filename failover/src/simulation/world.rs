@@ -328,12 +328,16 @@ impl World {
                 machine.estranged = false;
                 machine.touched |= !machine.impostors.is_empty();
             }
-            Order::Stand { upstream, how, .. } => {
+            Order::Stand { upstream, how, leads, discarded, .. } => {
                 let source = name(upstream.port);
                 let ready = self.machines.get(&source).is_some_and(|s| s.running && !s.standby && !s.frozen);
                 let (log, timeline) = (self.machines[&source].log.clone(), self.machines[&source].timeline);
                 if self.machines[node].running && !self.machines[node].standby {
                     return Err(why(Code::Leads, "it is writable"));
+                }
+                let machine = self.machines.get_mut(node).unwrap();
+                if machine.touched && *how != Rejoin::Follow && !discarded {
+                    return Err(why(Code::Touched, "somebody has used it"));
                 }
                 if *how != Rejoin::Follow && ready {
                     self.check_rewrite(node, &log);
@@ -345,7 +349,11 @@ impl World {
                 match how {
                     Rejoin::Follow if !machine.data => return Err(why(Code::NoData, "no data")),
                     Rejoin::Follow if machine.estranged => return Err(why(Code::Estranged, "a primary's")),
-                    Rejoin::Follow if !machine.running && machine.touched && !machine.standby => {
+                    Rejoin::Follow
+                        if !machine.running
+                            && !machine.standby
+                            && (machine.touched || machine.timeline >= *leads) =>
+                    {
                         return Err(why(Code::Estranged, "somebody has used it"));
                     }
                     Rejoin::Follow => {

@@ -14,5 +14,6 @@ mod planned;
 mod redis;
 mod refusals;
 mod restarts;
+mod stalls;
 mod traces;
 mod unplanned;

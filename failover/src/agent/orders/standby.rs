@@ -22,18 +22,25 @@ const ROOM: u64 = 256 << 20;
 /// Before a rebuild; a standby's shutdown writes a restartpoint.
 const STOP: Duration = Duration::from_secs(60);
 
+/// What a standby is told, see [`crate::protocol::Order::Stand`].
+pub(super) struct Standby {
+    pub(super) upstream: Upstream,
+    pub(super) how: Rejoin,
+    pub(super) slots: BTreeSet<Node>,
+    pub(super) leads: u32,
+    pub(super) discarded: bool,
+}
+
 impl Orders {
     pub(super) async fn stand(
         &self,
         number: u64,
-        upstream: &Upstream,
-        how: Rejoin,
-        slots: &BTreeSet<Node>,
+        role: &Standby,
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
-        let names = guarded();
-        if how != Rejoin::Follow {
-            self.rebuild(number, upstream, how, &names, deadline).await?;
+        let (names, upstream, leads) = (guarded(), &role.upstream, role.leads);
+        if role.how != Rejoin::Follow {
+            self.rebuild(number, role, &names, deadline).await?;
         }
         let from = self.log_end();
         {
@@ -48,8 +55,9 @@ impl Orders {
             }
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
-                if status.touched && status.control.as_ref().is_some_and(|control| !control.standby) {
-                    let message = "somebody has used its data as a primary's; only a rewind or a clone helps";
+                let led = status.control.as_ref().filter(|control| !control.standby);
+                if led.is_some_and(|control| status.touched || control.timeline >= leads) {
+                    let message = "its data was led as a primary's beside the one to follow; only a rewind or a clone helps";
                     return Err(Refusal::new(Code::Estranged, message));
                 }
             }
@@ -100,7 +108,7 @@ impl Orders {
             self.check(number, deadline)?;
             self.node.shared.newer_than(status.seq, Duration::from_millis(100)).await;
         }
-        self.drop_slots(slots).await;
+        self.drop_slots(&role.slots).await;
         Ok(self.status())
     }
 
@@ -108,14 +116,19 @@ impl Orders {
     async fn rebuild(
         &self,
         number: u64,
-        upstream: &Upstream,
-        how: Rejoin,
+        role: &Standby,
         names: &BTreeSet<Node>,
         deadline: Instant,
     ) -> Result<(), Refusal> {
+        let Standby { upstream, how, .. } = role;
+        let how = *how;
+        self.is_ours()?;
         let (turn, status) = self.turn(number, deadline).await?;
         drop(turn);
-        self.is_ours()?;
+        if status.touched && !role.discarded {
+            let message = "somebody has used its data beside the agent: POST /discard/{region} gives it up";
+            return Err(Refusal::new(Code::Touched, message));
+        }
         let size = self.is_primary(upstream).await?;
         // Somebody may have promoted it since the order was given.
         if status.is_writable() {
