@@ -91,7 +91,7 @@ simulate:
 
 # The failover's drills by hand on real processes (also in `make test`): promotions, restored state, a second orchestrator.
 drill-hand: install build
-	$(CARGO) test --workspace --locked --test it hand:: -- --nocapture
+	$(CARGO) test --package failover --locked --test it -- hand:: stalls:: disks:: --include-ignored --nocapture
 
 # The files that are made from the code: config/tier0.toml, docs/configuration.md, docs/metrics.md. A test compares them.
 docs:

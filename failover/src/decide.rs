@@ -130,20 +130,16 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
     let primary = &state.primary;
     let condition = view.condition(primary, now, policy);
     let reason = match &condition {
-        Condition::Alive => match view.stalled(primary, &state.wait_for, now, policy) {
-            Some(stalled) if stalled >= policy.stall_after && state.mode == Mode::Auto => {
-                let seconds = stalled.as_secs();
-                let reason = format!(
-                    "{primary} has committed nothing for {seconds} s, and its standbys have all that it has written"
-                );
-                let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
-                return match candidates.first() {
-                    Some(target) => Action::FailOver { target: (*target).clone(), reason },
-                    None => upkeep(state, view, rules, now),
-                };
-            }
-            _ => return upkeep(state, view, rules, now),
-        },
+        Condition::Alive => {
+            let replaced = useless(state, view, rules, now)
+                .filter(|(since, _)| *since >= policy.stall_after && state.mode == Mode::Auto)
+                .and_then(|(_, reason)| {
+                    let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
+                    let target = candidates.into_iter().find(|node| view.full(node, now).is_none())?.clone();
+                    Some(Action::FailOver { target, reason })
+                });
+            return replaced.unwrap_or_else(|| upkeep(state, view, rules, now));
+        }
         _ if state.mode == Mode::Paused => return Action::Nothing,
         Condition::Uncertain(_) => return revive(state, view, rules, now, false),
         Condition::Standby if idle(primary) => {
@@ -215,6 +211,20 @@ pub(crate) fn holds(sample: &Sample, node: &Node) -> bool {
 fn is_alone(sample: &Sample, node: &Node) -> bool {
     let mut bearing = sample.standbys.iter().filter(|standby| standby.node == *node && standby.streaming);
     bearing.next().is_none_or(|standby| standby.is_genuine() && bearing.next().is_none())
+}
+
+/// Why a primary that answers does not work, and for how long.
+fn useless(state: &State, view: &View, rules: &Rules, now: Duration) -> Option<(Duration, String)> {
+    let primary = &state.primary;
+    if let Some(full) = view.full(primary, now) {
+        return Some((full, format!("the disk of {primary} has been full for {} s", full.as_secs())));
+    }
+    let stalled = view.stalled(primary, &state.wait_for, now, &rules.policy)?;
+    let seconds = stalled.as_secs();
+    let reason = format!(
+        "{primary} has committed nothing for {seconds} s, and its standbys have all that it has written"
+    );
+    Some((stalled, reason))
 }
 
 /// Its agent has looked and found nothing to start.

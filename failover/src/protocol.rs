@@ -309,6 +309,9 @@ pub struct NodeStatus {
     /// The next of these is under way.
     #[serde(default)]
     pub pending: bool,
+    /// No table and no WAL of its can grow: its disk is full.
+    #[serde(default)]
+    pub full: bool,
     /// There is nothing at all in its data directory.
     #[serde(default)]
     pub empty: bool,
@@ -367,6 +370,7 @@ impl NodeStatus {
             orchestrator: String::new(),
             foreign: None,
             touched: false,
+            full: false,
             trouble: None,
             guarded: false,
             estranged: false,

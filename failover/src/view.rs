@@ -86,6 +86,8 @@ pub struct Seen {
     pub present_since: Option<Duration>,
     /// The agent's count of its own commits, and since when it has not grown.
     pub beat: (u64, Duration),
+    /// Since when its disk has been full.
+    pub full_since: Option<Duration>,
     /// No new order before.
     pub not_before: Duration,
 }
@@ -292,6 +294,8 @@ impl View {
             if beat != seen.beat.0 || works || !seen.is_heard(now, policy) {
                 seen.beat = (beat, now);
             }
+            let full = seen.fresh(now, policy).is_some_and(|status| status.full);
+            seen.full_since = full.then(|| seen.full_since.unwrap_or(now));
         }
         let leader = self.nodes.get(primary);
         let Some(sample) = leader.and_then(|seen| seen.sample(now, policy)).cloned() else {
@@ -342,6 +346,14 @@ impl View {
         };
         let stalled = now.saturating_sub(seen.beat.1);
         (stalled > STALLED && !wait_for.is_empty() && wait_for.iter().all(has_all)).then_some(stalled)
+    }
+
+    /// How long `node` has had a full disk, when it is not for a moment. A primary may still commit what fits into the pages that
+    /// it has, a marker for one.
+    #[must_use]
+    pub fn full(&self, node: &str, now: Duration) -> Option<Duration> {
+        let since = self.nodes.get(node)?.full_since?;
+        Some(now.saturating_sub(since)).filter(|full| *full > STALLED)
     }
 
     /// Why what is written down may be older than the facts.

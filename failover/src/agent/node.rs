@@ -29,6 +29,8 @@ use tools::{Tools, spawn};
 
 /// How often the data of a stopped node is looked at.
 const FOREIGN: Duration = Duration::from_millis(500);
+/// Less than this, a segment of WAL, and nothing can grow.
+const ROOM: u64 = 4 << 20;
 
 /// What the agent must not forget.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -151,9 +153,28 @@ impl Postgres {
         self.shared.change(|status| status.touched = touched);
     }
 
+    /// Says whether the disk of the data, or of its WAL, is full. One that gives no answer hangs: it is asked no second time.
+    async fn note_room(&self, asked: &mut Option<tokio::task::JoinHandle<bool>>) {
+        let data = self.settings.data.clone();
+        let look = move || {
+            let full = |path: &std::path::Path| {
+                let disk = nix::sys::statvfs::statvfs(path);
+                disk.is_ok_and(|disk| disk.blocks_available() * disk.fragment_size() < ROOM)
+            };
+            full(&data) || full(&data.join("pg_wal"))
+        };
+        let answer = asked.get_or_insert_with(|| tokio::task::spawn_blocking(look));
+        let Ok(full) = tokio::time::timeout(FOREIGN, answer).await else { return };
+        *asked = None;
+        let full = full.unwrap_or(false);
+        if self.shared.status().full != full {
+            self.shared.change(|status| status.full = full);
+        }
+    }
+
     /// Watches the data while it is nobody's: an operator may start Postgres beside its agent, and change the data.
     pub async fn guard(&self, shutdown: tokio_util::sync::CancellationToken) {
-        let mut reset = None;
+        let (mut reset, mut room) = (None, None);
         while tokio::time::timeout(FOREIGN, shutdown.cancelled()).await.is_err() {
             let settled = |status: &crate::protocol::NodeStatus| {
                 matches!(status.postmaster, Postmaster::Stopped { settled: true, .. })
@@ -165,6 +186,7 @@ impl Postgres {
                 self.set_touched(true);
             }
             reset = wrong;
+            self.note_room(&mut room).await;
             if !settled(&before) {
                 continue;
             }

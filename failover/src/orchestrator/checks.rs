@@ -111,7 +111,8 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
              stays away, {hint}"
         )
     };
-    let stalled = view.stalled(primary, &state.wait_for, now, policy).is_some();
+    let stalled =
+        view.full(primary, now).is_some() || view.stalled(primary, &state.wait_for, now, policy).is_some();
     let kind = match condition {
         // It takes no part any more; its standby fences it.
         Condition::Alive if stalled && in_sync => {

@@ -335,6 +335,9 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
         alarms.push(format!("writers see {seen} as the primary, not {primary}: they go by the timeline"));
     }
     let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
+    for (node, full) in view.nodes.keys().filter_map(|node| Some((node, view.full(node, now)?))) {
+        alarms.push(format!("the disk of {node} has been full for {} s: make room", full.as_secs()));
+    }
     match view.condition(primary, now, policy) {
         Condition::Alive => {
             if let Some(stalled) = view.stalled(primary, &state.wait_for, now, policy) {

@@ -6,6 +6,7 @@ mod agents;
 mod callers;
 mod copies;
 mod disaster;
+mod disks;
 mod faults;
 mod fixture;
 mod hand;
