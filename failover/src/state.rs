@@ -90,8 +90,8 @@ pub struct State {
     /// Nodes whose data a person has given up, until it has been rewritten.
     #[serde(default)]
     pub discarded: BTreeSet<Node>,
-    /// Grows with each operation and with each change of `wait_for`; agents refuse orders of a lower one. So an
-    /// order that was delayed on its way cannot undo a later one.
+    /// Grows with each operation, with its decision and with each change of `wait_for`; agents refuse orders of a lower one. So
+    /// an order that was delayed on its way cannot undo a later one.
     pub epoch: u64,
     pub primary: Node,
     pub system_id: String,
@@ -158,8 +158,10 @@ impl State {
     }
 
     /// The point of no return: from here on `target` is the primary, nobody else is known to have what it will
-    /// acknowledge, and it acknowledges when `wait_for` have it. It leads on a timeline above `above`.
+    /// acknowledge, and it acknowledges when `wait_for` have it. It leads on a timeline above `above`. The epoch grows, so
+    /// that a copy of the state of before, made while the operation was in the journal, is known to be old.
     pub fn hand_over(&mut self, target: &str, wait_for: BTreeSet<Node>, above: u32) {
+        self.epoch += 1;
         self.above = self.above.max(above);
         target.clone_into(&mut self.primary);
         self.kept.remove(target);
