@@ -23,4 +23,6 @@ pub mod upkeep;
 pub mod view;
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod simulation;
