@@ -363,9 +363,20 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
         }
         if let Some(how) = way_back(seen, upstream, leader, now, &rules.policy) {
             let how = if misled.is_some() { Rejoin::Clone } else { how };
-            if status.touched && how != Rejoin::Follow && !state.discarded.contains(node) {
-                let reason = "somebody has used its data beside its agent: it may have readings that no other node has";
-                return Action::Keep { node: node.clone(), reason: reason.into() };
+            if how != Rejoin::Follow && !state.discarded.contains(node) {
+                let primary = &state.primary;
+                let reason = if status.touched {
+                    Some("somebody has used its data beside its agent: it may have readings that no other node has".into())
+                } else {
+                    status.alone.then(|| {
+                        format!(
+                            "it led alone, so that {primary} cannot have all that it acknowledged: the state was older than the facts"
+                        )
+                    })
+                };
+                if let Some(reason) = reason {
+                    return Action::Keep { node: node.clone(), reason };
+                }
             }
             return Action::Rejoin { node: node.clone(), how };
         }

@@ -328,6 +328,10 @@ pub struct NodeStatus {
     /// a standby was confirmed: what it wrote, nobody else may have.
     #[serde(default)]
     pub touched: bool,
+    /// It was ordered to lead with commits that wait for nobody, and no standby has been confirmed since: what it acknowledged,
+    /// nobody else may have.
+    #[serde(default)]
+    pub alone: bool,
     /// Why its Postgres cannot be asked, while it cannot.
     #[serde(default)]
     pub trouble: Option<String>,
@@ -370,6 +374,7 @@ impl NodeStatus {
             orchestrator: String::new(),
             foreign: None,
             touched: false,
+            alone: false,
             full: false,
             trouble: None,
             guarded: false,

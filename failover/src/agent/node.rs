@@ -45,6 +45,8 @@ struct Durable {
     estranged: bool,
     /// See [`crate::protocol::NodeStatus::touched`].
     touched: bool,
+    /// See [`crate::protocol::NodeStatus::alone`].
+    alone: bool,
 }
 
 /// The node.
@@ -78,6 +80,7 @@ impl Postgres {
         let shared = Arc::new(Shared::new(&settings.node, boot, durable.epoch));
         shared.change(|status| {
             (status.estranged, status.touched) = (durable.estranged, durable.touched);
+            status.alone = durable.alone;
             status.orchestrator.clone_from(&durable.orchestrator);
         });
         Ok(Self {
@@ -170,6 +173,19 @@ impl Postgres {
         if self.shared.status().full != full {
             self.shared.change(|status| status.full = full);
         }
+    }
+
+    /// Says whether what it acknowledges as a primary is on its own disk only. Before it is told to lead so; and after a standby
+    /// was confirmed, or follows.
+    ///
+    /// # Errors
+    /// When it cannot be made durable.
+    pub fn set_alone(&self, alone: bool) -> anyhow::Result<()> {
+        if self.shared.status().alone != alone {
+            self.remember(|durable| durable.alone = alone)?;
+            self.shared.change(|status| status.alone = alone);
+        }
+        Ok(())
     }
 
     /// Watches the data while it is nobody's: an operator may start Postgres beside its agent, and change the data.
@@ -457,8 +473,11 @@ impl Postgres {
             self.conf.mark_standby(true)?;
             self.remember(|durable| {
                 (durable.rebuilding, durable.estranged, durable.touched) = (None, false, false);
+                durable.alone = false;
             })?;
-            self.shared.change(|status| (status.estranged, status.touched) = (false, false));
+            self.shared.change(|status| {
+                (status.estranged, status.touched, status.alone) = (false, false, false);
+            });
             let conf = self.conf.clone();
             tokio::task::spawn_blocking(move || conf.drop_aside()).await.context("remove the old data")??;
             Ok::<_, Refusal>(())

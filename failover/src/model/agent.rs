@@ -29,7 +29,7 @@ impl World {
         let leads = runs && !self.nodes[node].standby;
         match order {
             Order::Lead { wait_for, above, .. } => self.lead(node, waits(wait_for, partner), *above)?,
-            Order::Stand { how, .. } => self.stand(node, *how)?,
+            Order::Stand { how, leads, discarded, .. } => self.stand(node, *how, *leads, *discarded)?,
             Order::Wake if leads => return Err(Code::Leads),
             Order::Wake if self.nodes[node].foreign => return Err(Code::Foreign),
             Order::Wake => {
@@ -56,6 +56,7 @@ impl World {
             Order::WaitFor { nodes } => {
                 let member = &mut self.nodes[node];
                 (member.wait, member.guarded) = (waits(nodes, partner), false);
+                member.alone |= nodes.is_empty();
                 // The operator's setting is gone; one that an operator promoted stays his.
                 member.opened &= self.saved.0.primary != name(node);
             }
@@ -67,7 +68,7 @@ impl World {
                     return Err(Code::NotSync);
                 }
                 self.stream(partner);
-                self.nodes[node].touched = false;
+                (self.nodes[node].touched, self.nodes[node].alone) = (false, false);
             }
             Order::Mark { .. } if !self.can_acknowledge(node) => return Err(Code::Timeout),
             Order::Halt { .. } | Order::Checkpoint | Order::Mark { .. } => {}
@@ -95,12 +96,13 @@ impl World {
             (member.standby, member.told) = (false, 0);
             member.timeline = member.timeline.max(above) + 1;
         }
+        member.alone |= wait == Wait::Nobody;
         (member.wait, member.follows) = (wait, false);
         (member.guarded, member.estranged, member.opened) = (false, false, false);
         Ok(())
     }
 
-    fn stand(&mut self, node: usize, how: Rejoin) -> Result<(), Code> {
+    fn stand(&mut self, node: usize, how: Rejoin, leads: u32, discarded: bool) -> Result<(), Code> {
         let source = self.nodes[1 - node].clone();
         let ready = self.road && source.running && !source.standby;
         let before = &self.nodes[node];
@@ -111,7 +113,8 @@ impl World {
             if before.running && !before.standby {
                 return Err(Code::Leads);
             }
-            if before.estranged {
+            let used = before.touched || u32::from(before.timeline) >= leads;
+            if before.estranged || !before.running && !before.standby && used {
                 return Err(Code::Estranged);
             }
             // Postgres compares numbers and positions only.
@@ -122,6 +125,9 @@ impl World {
             if !ready {
                 return Err(Code::NoUpstream);
             }
+            if (before.touched || before.alone) && !discarded {
+                return Err(Code::Touched);
+            }
             if how == Rejoin::Rewind && before.timeline >= source.timeline {
                 return Err(Code::Unrewindable);
             }
@@ -131,7 +137,7 @@ impl World {
             self.stop(node, true);
             let member = &mut self.nodes[node];
             (member.log, member.timeline) = (source.log.clone(), source.timeline);
-            (member.estranged, member.touched) = (false, false);
+            (member.estranged, member.touched, member.alone) = (false, false, false);
         }
         let member = &mut self.nodes[node];
         if !member.running {
@@ -139,6 +145,7 @@ impl World {
         }
         (member.standby, member.follows, member.wait, member.opened) = (true, true, Wait::Guard, false);
         if self.attached(node) {
+            self.nodes[node].alone = false;
             self.stream(node);
             return Ok(());
         }

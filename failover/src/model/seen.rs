@@ -77,6 +77,7 @@ pub(super) fn status(node: usize, glance: &Glance) -> NodeStatus {
         orchestrator: if member.obeys { "o".into() } else { String::new() },
         foreign: member.foreign.then_some(1),
         touched: member.touched,
+        alone: member.alone,
         guarded: member.guarded && shown,
         estranged: member.estranged,
         ..NodeStatus::unseen(&name(node))

@@ -56,6 +56,7 @@ pub(super) struct Member {
     pub(super) guarded: bool,
     pub(super) estranged: bool,
     pub(super) touched: bool,
+    pub(super) alone: bool,
     /// An operator made it acknowledge, or may have: what it acknowledges is no promise of ours.
     pub(super) opened: bool,
     pub(super) epoch: u8,
@@ -202,6 +203,7 @@ impl World {
             guarded: false,
             estranged: false,
             touched: false,
+            alone: false,
             opened: false,
             epoch: 0,
             obeys: false,

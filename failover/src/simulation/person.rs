@@ -23,6 +23,8 @@ impl Run {
                 world.events.push(format!("state restored {old:?}"));
                 world.saved = old;
                 world.forgotten();
+                // No order of before is still on its way when a person has done that.
+                world.late.clear();
             });
             self.reincarnate();
         } else {

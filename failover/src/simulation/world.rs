@@ -42,6 +42,7 @@ pub(super) struct Machine {
     /// An operator has started it beside its agent.
     pub(super) foreign: bool,
     pub(super) touched: bool,
+    pub(super) alone: bool,
     /// An operator has made it what it is: what it acknowledges is no promise of ours.
     pub(super) by_hand: bool,
     /// It was promoted by hand, and its commits have waited for the guard ever since.
@@ -117,6 +118,7 @@ impl World {
             obeys: String::new(),
             foreign: false,
             touched: false,
+            alone: false,
             by_hand: false,
             guarded: false,
             sick: None,
@@ -310,6 +312,7 @@ impl World {
                 if !machine.data {
                     return Err(why(Code::NoData, "no data"));
                 }
+                machine.alone |= wait_for.is_empty();
                 machine.wait_for.clone_from(wait_for);
                 machine.running = true;
                 machine.upstream = None;
@@ -336,7 +339,7 @@ impl World {
                     return Err(why(Code::Leads, "it is writable"));
                 }
                 let machine = self.machines.get_mut(node).unwrap();
-                if machine.touched && *how != Rejoin::Follow && !discarded {
+                if (machine.touched || machine.alone) && *how != Rejoin::Follow && !discarded {
                     return Err(why(Code::Touched, "somebody has used it"));
                 }
                 if *how != Rejoin::Follow && ready {
@@ -373,6 +376,7 @@ impl World {
                         machine.log.clone_from(&log);
                         machine.timeline = timeline;
                         (machine.data, machine.estranged, machine.touched) = (true, false, false);
+                        machine.alone = false;
                     }
                 }
                 machine.running = true;
@@ -385,6 +389,7 @@ impl World {
                     let code = if diverged { Code::Diverged } else { Code::NotStreaming };
                     return Err(why(code, "does not stream"));
                 }
+                self.machines.get_mut(node).unwrap().alone = false;
             }
             Order::Wake => {
                 if !machine.data || machine.running && !machine.standby {
@@ -423,6 +428,7 @@ impl World {
                 }
                 machine.wait_for.clone_from(nodes);
                 machine.guarded = false;
+                machine.alone |= nodes.is_empty();
             }
             Order::ConfirmSync { standby } => {
                 if !machine.running || machine.standby || !machine.wait_for.contains(standby) {
@@ -431,7 +437,8 @@ impl World {
                 if machine.impostors.contains(standby) || !self.stream(standby, node) {
                     return Err(refuse("not in sync"));
                 }
-                self.machines.get_mut(node).unwrap().touched = false;
+                let machine = self.machines.get_mut(node).unwrap();
+                (machine.touched, machine.alone) = (false, false);
             }
             Order::Checkpoint if machine.hung => return Err(refuse("it hangs")),
             Order::Checkpoint => {}
@@ -511,6 +518,7 @@ impl World {
             orchestrator: machine.obeys.clone(),
             foreign: machine.foreign.then_some(1),
             touched: machine.touched,
+            alone: machine.alone,
             guarded: machine.guarded && machine.running,
             estranged: machine.estranged,
             ..NodeStatus::unseen(node)

@@ -47,6 +47,9 @@ impl Orders {
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
             }
+            if wait_for.is_empty() {
+                self.node.set_alone(true)?;
+            }
             self.node.configure(None, Some(wait_for))?;
             // Data of a primary on a timeline that is not above: its next life begins with a promotion.
             let overtaken = status.control.as_ref().is_some_and(|control| control.timeline <= above);
@@ -151,6 +154,9 @@ impl Orders {
             if !status.is_writable() {
                 return Err(Refusal::new(Code::NotPrimary, "it is not writable"));
             }
+            if nodes.is_empty() {
+                self.node.set_alone(true)?;
+            }
             self.node.configure(None, Some(nodes))?;
         }
         loop {
@@ -197,6 +203,7 @@ impl Orders {
             if found.flushed >= target {
                 // Whatever was acknowledged while somebody had it wait for nobody, the standby has now.
                 self.node.set_touched(false);
+                self.node.set_alone(false)?;
                 return Ok(self.status());
             }
             if Instant::now() >= deadline {

@@ -108,6 +108,8 @@ impl Orders {
             self.check(number, deadline)?;
             self.node.shared.newer_than(status.seq, Duration::from_millis(100)).await;
         }
+        // What it has, the primary has.
+        self.node.set_alone(false)?;
         self.drop_slots(&role.slots).await;
         Ok(self.status())
     }
@@ -125,8 +127,8 @@ impl Orders {
         self.is_ours()?;
         let (turn, status) = self.turn(number, deadline).await?;
         drop(turn);
-        if status.touched && !role.discarded {
-            let message = "somebody has used its data beside the agent: POST /discard/{region} gives it up";
+        if (status.touched || status.alone) && !role.discarded {
+            let message = "it may have what no other node has: POST /discard/{region} gives it up";
             return Err(Refusal::new(Code::Touched, message));
         }
         let size = self.is_primary(upstream).await?;
