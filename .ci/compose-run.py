@@ -199,7 +199,7 @@ class Run:
     def runbooks(self):
         """What docs/runbooks/README.md has people on call paste for Compose, with a `docker` that knows these services."""
         page = (REPO / "docs/runbooks/README.md").read_text()
-        block = re.search(r"^    on\(\).*?(?=^\S)", page, re.M | re.S)[0]
+        block = re.search(r"^    on\(\)   \{ docker.*?(?=^\S)", page, re.M | re.S)[0]
         places = []
         for name in SERVICES:
             uid, gid = str(self.services[name]["user"]).split(":")

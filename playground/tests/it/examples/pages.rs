@@ -4,17 +4,17 @@ use std::path::Path;
 
 use playground::docs::root;
 
-pub(super) struct Piece {
-    pub(super) line: usize,
-    pub(super) text: String,
+pub(crate) struct Piece {
+    pub(crate) line: usize,
+    pub(crate) text: String,
 }
 
-pub(super) struct Page {
+pub(crate) struct Page {
     /// From the root.
-    pub(super) path: String,
-    pub(super) text: String,
-    pub(super) blocks: Vec<Piece>,
-    pub(super) spans: Vec<Piece>,
+    pub(crate) path: String,
+    pub(crate) text: String,
+    pub(crate) blocks: Vec<Piece>,
+    pub(crate) spans: Vec<Piece>,
     /// What is between spans; one piece never reaches over one.
     pub(super) prose: Vec<Piece>,
 }
@@ -35,14 +35,16 @@ pub(super) fn all() -> Vec<Page> {
     }
     paths.sort();
     assert!(paths.len() > 40, "{paths:?}");
-    paths
-        .into_iter()
-        .map(|path| Page::new(path.clone(), std::fs::read_to_string(root().join(path)).unwrap()))
-        .collect()
+    paths.iter().map(|path| Page::open(path)).collect()
 }
 
 impl Page {
-    fn new(path: String, text: String) -> Self {
+    /// By its path from the root.
+    pub(crate) fn open(path: &str) -> Self {
+        Self::new(path.to_owned(), std::fs::read_to_string(root().join(path)).unwrap())
+    }
+
+    pub(crate) fn new(path: String, text: String) -> Self {
         let mut page =
             Self { path, text: String::new(), blocks: Vec::new(), spans: Vec::new(), prose: Vec::new() };
         let (mut open, mut fenced, mut blank): (Option<Piece>, bool, bool) = (None, false, true);
