@@ -363,7 +363,7 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
         }
         if let Some(how) = way_back(seen, upstream, leader, now, &rules.policy) {
             let how = if misled.is_some() { Rejoin::Clone } else { how };
-            if how != Rejoin::Follow && !state.discarded.contains(node) {
+            if how != Rejoin::Follow && !status.empty && !state.discarded.contains(node) {
                 let primary = &state.primary;
                 let reason = if status.touched {
                     Some("somebody has used its data beside its agent: it may have readings that no other node has".into())
@@ -424,9 +424,7 @@ fn way_back(seen: &Seen, upstream: &Upstream, leader: u32, now: Duration, policy
             None => Rejoin::Clone,
             Some(_) if status.estranged => parted,
             Some(control) if control.standby => Rejoin::Follow,
-            Some(control) if control.state == "shut down" && !status.touched && parted != Rejoin::Clone => {
-                Rejoin::Follow
-            }
+            // Also one that was stopped in order: its last record may be past the fork. pg_rewind sees when there is nothing to do.
             Some(_) => parted,
         },
     };

@@ -109,7 +109,7 @@ fn a_former_primary_is_rewound_unless_its_timeline_is_not_below_the_leaders() {
         (3, "in production", false, None),
         (4, "in production", false, None),
         (3, "shut down", false, None),
-        (2, "shut down", false, Some(Rejoin::Follow)),
+        (2, "shut down", false, Some(Rejoin::Rewind)),
         (3, "shut down in recovery", true, Some(Rejoin::Follow)),
         (2, "in archive recovery", true, Some(Rejoin::Follow)),
     ] {

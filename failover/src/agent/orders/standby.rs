@@ -127,7 +127,7 @@ impl Orders {
         self.is_ours()?;
         let (turn, status) = self.turn(number, deadline).await?;
         drop(turn);
-        if (status.touched || status.alone) && !role.discarded {
+        if (status.touched || status.alone) && !status.empty && !role.discarded {
             let message = "it may have what no other node has: POST /discard/{region} gives it up";
             return Err(Refusal::new(Code::Touched, message));
         }

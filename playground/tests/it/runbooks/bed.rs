@@ -134,8 +134,8 @@ impl Bed {
             ["compose", "up", "-d", region] if region.starts_with("region") => {
                 regions.agent(region)?.restart().await
             }
-            ["compose", "kill", region] if region.starts_with("region") => {
-                regions.agent(region)?.kill9().await
+            ["compose", "stop", region] if region.starts_with("region") => {
+                regions.agent(region)?.terminate(LIMIT).await
             }
             ["compose", "up", "-d", name] => {
                 let redis = regions.redis.as_mut().unwrap();
