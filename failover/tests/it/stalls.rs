@@ -10,6 +10,7 @@ use playground::shipped::postgres_bin;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::fixture::{Fixture, Setup};
@@ -117,7 +118,8 @@ fn receiver(fixture: &Fixture, region: &str) -> Pid {
 async fn an_archiver_that_keeps_answering_does_not_stop_a_switchover() {
     let fixture = Setup::default().start().await;
     let load = Load::start(&fixture.database()).await;
-    let confirmer = tokio::spawn(confirms_one_position(&fixture).await);
+    let mut confirmer = JoinSet::new();
+    confirmer.spawn(confirms_one_position(&fixture).await);
     let began = Instant::now();
     let report = fixture.switch("region2").await;
     assert!(report.success, "{report:#?}");
@@ -125,7 +127,7 @@ async fn an_archiver_that_keeps_answering_does_not_stop_a_switchover() {
     println!("switched over in {:?}, {:?} without a commit", began.elapsed(), load.gap_since(began));
     assert_eq!(fixture.whole().await.current_region, "region2");
     // It was answered to the end.
-    confirmer.await.unwrap();
+    confirmer.join_next().await.unwrap().unwrap();
     load.finish().await;
 }
 
