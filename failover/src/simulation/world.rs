@@ -339,7 +339,8 @@ impl World {
                     return Err(why(Code::Leads, "it is writable"));
                 }
                 let machine = self.machines.get_mut(node).unwrap();
-                if (machine.touched || machine.alone) && *how != Rejoin::Follow && !discarded {
+                let used = machine.data && (machine.touched || machine.alone);
+                if used && *how != Rejoin::Follow && !discarded {
                     return Err(why(Code::Touched, "somebody has used it"));
                 }
                 if *how != Rejoin::Follow && ready {
