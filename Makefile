@@ -4,7 +4,7 @@ CARGO ?= cargo
 ARGS ?=
 
 .PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
-	drill-outages drill-failover drill-hand simulate fuzz properties docs audit down clean
+	drill-outages drill-failover drill-hand model simulate fuzz properties docs audit down clean
 
 # In order, also with -j: the steps install, check and build for one another.
 .NOTPARALLEL:
@@ -88,6 +88,10 @@ properties:
 # The failover's hostile world: 3,000 seeds are in `make test`. SEEDS=FROM..TO runs others.
 simulate:
 	TIER0_SEEDS=$(or $(SEEDS),0..300000) $(CARGO) test --workspace --locked --lib hands_that -- --nocapture
+
+# The exhaustive model of the failover's decisions, within another budget: BUDGET=commits,breaks,mishaps,acts,restores.
+model:
+	TIER0_BUDGET=$(or $(BUDGET),2\,1\,1\,1\,0) $(CARGO) test --workspace --locked --lib within_a_budget -- --nocapture
 
 # The failover's drills by hand on real processes (also in `make test`): promotions, restored state, a second orchestrator.
 drill-hand: install build
