@@ -2,6 +2,7 @@
 
 CARGO ?= cargo
 ARGS ?=
+BUDGET ?= 2,1,1,1,0
 
 .PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
 	drill-outages drill-failover drill-hand model simulate fuzz properties docs audit down clean
@@ -91,7 +92,7 @@ simulate:
 
 # The exhaustive model of the failover's decisions, within another budget: BUDGET=commits,breaks,mishaps,acts,restores.
 model:
-	TIER0_BUDGET=$(or $(BUDGET),2\,1\,1\,1\,0) $(CARGO) test --workspace --locked --lib within_a_budget -- --nocapture
+	TIER0_BUDGET=$(BUDGET) $(CARGO) test --workspace --locked --lib within_a_budget -- --nocapture
 
 # The failover's drills by hand on real processes (also in `make test`): promotions, restored state, a second orchestrator.
 drill-hand: install build
