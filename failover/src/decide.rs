@@ -107,7 +107,7 @@ impl Action {
 }
 
 /// Fences that may fail before a stopped primary is started where it is.
-const FENCES: u32 = 2;
+pub(crate) const FENCES: u32 = 2;
 
 /// The most urgent thing to do. Nodes with an order under way are left alone.
 #[must_use]
@@ -153,7 +153,10 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
         Condition::Lost => format!("{primary} is not reachable and no standby streams from it"),
     };
     let startable = condition == Condition::Gone && !has_no_data(view, primary);
-    match view.candidates(&state.sync_set, &state.system_id, now, policy).first() {
+    let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
+    // One that has no room could not be brought into office, unless there is nobody else.
+    let roomy = candidates.iter().find(|node| view.full(node, now).is_none());
+    match roomy.or(candidates.first()) {
         // Whoever would follow cannot be detached; what is stopped and whole can be started.
         Some(_) if view.failed_fences >= FENCES && startable && idle(primary) => Action::Lead {
             node: primary.clone(),
@@ -370,7 +373,7 @@ fn rejoin(state: &State, view: &View, rules: &Rules, now: Duration) -> Action {
                 } else {
                     status.alone.then(|| {
                         format!(
-                            "it led alone, so that {primary} cannot have all that it acknowledged: the state was older than the facts"
+                            "it led with commits that waited for nobody, and no standby was confirmed since: {primary} may lack some of them"
                         )
                     })
                 };

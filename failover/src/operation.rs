@@ -309,7 +309,7 @@ async fn carry_on<H: Hands>(
                 if step == Step::Decide {
                     let above = operation.timeline_before;
                     state.hand_over(&operation.target, operation.wait_for_after.clone(), above);
-                    if operation.kind == Kind::Forced && operation.bytes_at_risk != Some(0) {
+                    if operation.kind == Kind::Forced {
                         // Everybody else may have more, but for who was seen to have less.
                         let others =
                             operation.addresses.keys().filter(|node| !operation.behind.contains(*node));

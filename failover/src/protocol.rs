@@ -88,6 +88,8 @@ pub enum Code {
     Unread,
     /// The upstream no longer has WAL that is needed.
     WalGone,
+    /// It has more of the same history than the upstream, which has lost some: its disk, or an old backup.
+    Ahead,
     /// Its history is not the upstream's.
     Diverged,
     /// Postgres cannot read its own data.
@@ -146,6 +148,7 @@ pub enum Order {
     Stand {
         upstream: Upstream,
         how: Rejoin,
+        #[serde(default)]
         slots: BTreeSet<Node>,
         #[serde(default)]
         leads: u32,

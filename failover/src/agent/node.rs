@@ -162,7 +162,10 @@ impl Postgres {
         let look = move || {
             let full = |path: &std::path::Path| {
                 let disk = nix::sys::statvfs::statvfs(path);
-                disk.is_ok_and(|disk| disk.blocks_available() * disk.fragment_size() < ROOM)
+                // Some say that they have no blocks at all.
+                disk.is_ok_and(|disk| {
+                    disk.blocks() > 0 && disk.blocks_available() * disk.fragment_size() < ROOM
+                })
             };
             full(&data) || full(&data.join("pg_wal"))
         };

@@ -33,7 +33,7 @@ const SYMPTOMS: [(&str, Code); 32] = [
     ("is not in this server's history", Code::Diverged),
     ("forked off current database system timeline", Code::Diverged),
     ("is not a child of this server's history", Code::Diverged),
-    ("is ahead of the WAL flush position of this server", Code::Diverged),
+    ("is ahead of the WAL flush position of this server", Code::Ahead),
     ("could not locate a valid checkpoint record", Code::Damaged),
     ("could not locate required checkpoint record", Code::Damaged),
     ("invalid checkpoint record", Code::Damaged),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::decide::Rules;
+use crate::decide::{FENCES, Rules};
 use crate::operation::Kind;
 use crate::protocol::Node;
 use crate::state::{Copies, Mode, State};
@@ -120,6 +120,9 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
             Kind::Unplanned
         }
         Condition::Alive => {
+            bench.check("target_has_room", view.full(target, now).is_none(), 412, "target_full", || {
+                format!("the disk of {target} is full: it could not be brought into office")
+            });
             bench.check("target_runs", candidate, 412, "target_not_running", || {
                 format!("{target} is not a running standby of this cluster, or its agent is not heard; see GET /status")
             });
@@ -157,6 +160,8 @@ pub fn judge(question: &Question, state: &State, view: &View, rules: &Rules, now
             bench.check("target_runs", candidate, 503, "no_safe_candidate", || {
                 format!("{primary} is down and {}", not_running())
             });
+            // It is in sync by name and cannot be had as such: only a person can decide what then.
+            let in_sync = in_sync && !(question.allow_data_loss && view.failed_fences >= FENCES);
             bytes_at_risk = risk;
             bench.check(
                 "target_in_sync",

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::decide::Rules;
+use crate::decide::{FENCES, Rules};
 use crate::history::{Entry, Verification};
 use crate::lsn::Lsn;
 use crate::operation::{Kind, StepRecord};
@@ -335,20 +335,26 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
         alarms.push(format!("writers see {seen} as the primary, not {primary}: they go by the timeline"));
     }
     let candidates = view.candidates(&state.sync_set, &state.system_id, now, policy);
-    for (node, full) in view.nodes.keys().filter_map(|node| Some((node, view.full(node, now)?))) {
-        alarms.push(format!("the disk of {node} has been full for {} s: make room", full.as_secs()));
+    // What is said changes only when a fact does: each change is a line of the log.
+    for node in view.nodes.keys().filter(|node| view.full(node, now).is_some()) {
+        alarms.push(format!("the disk of {node} is full: make room"));
+    }
+    // Commits may wait for somebody who was given up.
+    if let Some(trouble) = view.node(primary).and_then(|seen| seen.trouble.as_ref()) {
+        alarms.push(format!(
+            "{primary} does not carry out an order, and commits may wait until it does: {trouble}"
+        ));
     }
     match view.condition(primary, now, policy) {
         Condition::Alive => {
-            if let Some(stalled) = view.stalled(primary, &state.wait_for, now, policy) {
+            if view.stalled(primary, &state.wait_for, now, policy).is_some() {
                 let next = if candidates.is_empty() || state.mode == Mode::Paused {
                     "look at its disk, or POST /failover/{region}".to_owned()
                 } else {
                     format!("a failover follows after {} s", policy.stall_after.as_secs())
                 };
                 alarms.push(format!(
-                    "the primary {primary} has committed nothing for {} s, although its standbys have all that it has written: {next}",
-                    stalled.as_secs()
+                    "the primary {primary} commits nothing, although its standbys have all that it has written: {next}"
                 ));
             }
         }
@@ -361,6 +367,8 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
                 "automatic failover is paused: POST /mode to resume, or POST /failover/{region}?while_paused=true"
             } else if candidates.is_empty() {
                 "no node of the sync set can be promoted; POST /failover/{region}?allow_data_loss=true if it does not come back"
+            } else if view.failed_fences >= FENCES {
+                "its failover fails, see the history; POST /failover/{region}?allow_data_loss=true, if it does not come back"
             } else {
                 "a failover follows"
             };
@@ -408,9 +416,9 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
         }
         let held = status.sample.as_ref().and_then(|sample| Some(sample.lsn.since(sample.replayed?)));
         if held.is_some_and(|held| held > policy.max_lag_bytes) {
-            let held = held.unwrap_or_default();
+            let most = policy.max_lag_bytes;
             alarms.push(format!(
-                "{node} has {held} bytes that it has not replayed: a failover to it waits for them; look for long queries on it"
+                "{node} has more than {most} bytes that it has not replayed: a failover to it waits for them; look for long queries on it"
             ));
         }
         let strangers = leader.iter().flat_map(|sample| &sample.standbys);

@@ -56,7 +56,7 @@ impl Orders {
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
                 let led = status.control.as_ref().filter(|control| !control.standby);
-                if led.is_some_and(|control| status.touched || control.timeline >= leads) {
+                if led.is_some_and(|control| status.touched || leads > 0 && control.timeline >= leads) {
                     let message = "its data was led as a primary's beside the one to follow; only a rewind or a clone helps";
                     return Err(Refusal::new(Code::Estranged, message));
                 }
