@@ -229,6 +229,11 @@ impl Conf {
             }
         }
         for path in list(&copy)? {
+            // What an interrupted rebuild of the upstream has left there.
+            if path.ends_with(COPY) || path.ends_with(ASIDE) {
+                remove(&path)?;
+                continue;
+            }
             rename(&path, &self.data.join(path.file_name().unwrap_or_default()))?;
         }
         remove(&copy)?;
@@ -364,6 +369,29 @@ mod tests {
         assert_eq!(there(), ["00000002.history", "00000003.history"], "only ours, only above its own");
         assert!(std::fs::read_to_string(wal.join("00000003.history")).unwrap().starts_with("1\t"));
         assert!(conf.take_timelines(1, 1_000_000).is_err());
+    }
+
+    /// The upstream was rebuilt once, and its agent was killed while it cleared up.
+    #[test]
+    fn a_copy_takes_its_place_without_what_a_rebuild_left_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let conf = conf(&data);
+        let write = |path: &str| {
+            let path = data.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "").unwrap();
+        };
+        write("base/old");
+        write(".tier0-copy/base/new");
+        write(".tier0-copy/.tier0-aside/base/older");
+        write(".tier0-copy/.tier0-copy/base/half");
+        conf.take_copy().unwrap();
+        assert!(data.join("base/new").exists() && !data.join("base/old").exists());
+        assert!(data.join(".tier0-aside/base/old").exists(), "until the rebuild has ended");
+        assert!(!data.join(".tier0-aside/base/older").exists() && !data.join(".tier0-copy").exists());
+        conf.drop_aside().unwrap();
+        assert!(!data.join(".tier0-aside").exists());
     }
 
     #[test]

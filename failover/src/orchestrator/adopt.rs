@@ -86,6 +86,10 @@ pub fn judge(
         format!("{region} has no data that can be started, or it is being rewritten: see GET /status")
     });
     let (own, lsn) = status.map_or((0, Lsn::default()), |status| (status.timeline(), at(status)));
+    // A primary has all that its standbys have.
+    let follower = status.is_some_and(|status| {
+        status.is_standby() || status.control.as_ref().is_some_and(|control| control.standby)
+    });
     let mut kept = BTreeMap::new();
     let mut ahead = Vec::new();
     let mut unheard = Vec::new();
@@ -113,6 +117,11 @@ pub fn judge(
                 "it is on timeline {timeline} at {position}, {region} on timeline {own} at {lsn}: it may have readings that {region} has not"
             );
             ahead.push(format!("{node}: {reason}"));
+            kept.insert(node.clone(), reason);
+        } else if timeline == own && follower && other.is_stopped() {
+            let reason = format!(
+                "it is stopped, so that nobody knows how far it got: it may have readings that {region}, a standby too, has not"
+            );
             kept.insert(node.clone(), reason);
         }
     }
