@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use failover::orchestrator::report::{Role, Status};
+use failover::protocol::Postmaster;
 use reqwest::Method;
 use serde_json::json;
 use tokio::process::Command;
@@ -147,6 +148,12 @@ async fn a_postmaster_started_beside_its_agent_is_said_and_left_alone() {
     let data = fixture.cluster.nodes[1].data().to_owned();
     fixture.kill_postmaster("region2");
     fixture.until("stopped", |status| status.nodes[1].role == Role::Stopped).await;
+    // Its children outlive it for a moment, and another postmaster does not start beside them.
+    let began = Instant::now();
+    while !matches!(fixture.agent("region2").await.postmaster, Postmaster::Stopped { settled: true, .. }) {
+        assert!(began.elapsed() < Duration::from_secs(20), "its children stay");
+        sleep(Duration::from_millis(20)).await;
+    }
     let port = fixture.cluster.nodes[1].port();
     let run = async |arguments: &[&str]| {
         let status = Command::new("setpriv")
