@@ -194,7 +194,7 @@ impl Orders {
         }
         let data = self.node.settings().data.display();
         let message = format!(
-            "a postmaster that the agent has not started runs on {data}: stop it (pg_ctl -D {data} stop -m fast), the agent must be its parent"
+            "a postmaster that the agent has not started runs on {data}: stop it (pg_ctl -D {data} stop -m fast -W), the agent must be its parent"
         );
         Err(Refusal::new(Code::Foreign, message))
     }

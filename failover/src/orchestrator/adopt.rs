@@ -76,7 +76,7 @@ pub fn judge(
     let foreign = status.and_then(|status| status.foreign);
     bench.check("its_agents_own", foreign.is_none(), 412, "foreign_postmaster", || {
         format!(
-            "a postmaster (process {}) that its agent has not started runs on the data of {region}: stop it (pg_ctl stop -m fast), \
+            "a postmaster (process {}) that its agent has not started runs on the data of {region}: stop it (pg_ctl stop -m fast -W), \
              the agent starts it again",
             foreign.unwrap_or_default()
         )

@@ -402,7 +402,7 @@ pub fn alarms(state: &State, view: &View, rules: &Rules, now: Duration) -> Vec<S
         };
         if let Some(pid) = status.foreign {
             alarms.push(format!(
-                "a postmaster (process {pid}) that its agent has not started runs on the data of {node}: stop it (pg_ctl stop -m fast)"
+                "a postmaster (process {pid}) that its agent has not started runs on the data of {node}: stop it (pg_ctl stop -m fast -W)"
             ));
         }
         let because = seen.trouble.as_ref().or(status.trouble.as_ref());

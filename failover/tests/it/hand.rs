@@ -178,7 +178,8 @@ async fn a_postmaster_started_beside_its_agent_is_said_and_left_alone() {
     assert_eq!(fixture.call(Method::POST, "/mode", Some(TOKEN), mode("auto")).await.0, 200);
     sleep(QUIET).await;
     assert_eq!(fixture.started("region2"), Some(pid), "left alone");
-    run(&["-m", "fast", "stop"]).await;
+    // Not waited for: the agent may start its own before pg_ctl looks, which then waits for the end of that one.
+    run(&["-m", "fast", "-W", "stop"]).await;
     assert_eq!(fixture.whole().await.current_region, "region1");
 }
 
