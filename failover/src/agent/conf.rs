@@ -157,6 +157,19 @@ impl Conf {
         )
     }
 
+    /// Whom this node was told to follow, as [`Conf::write`] wrote it down; none where somebody else has written.
+    #[must_use]
+    pub fn upstream(&self) -> Option<Upstream> {
+        let text = std::fs::read_to_string(self.data.join("postgresql.auto.conf")).ok()?;
+        // The last one counts, as for Postgres.
+        let line = text.lines().rfind(|line| line.trim_start().starts_with("primary_conninfo"))?;
+        let value = |key: &str| {
+            let rest = line.split_once(key)?.1;
+            rest.split([' ', '\'']).next().filter(|value| !value.is_empty())
+        };
+        Some(Upstream { host: value("host=")?.to_owned(), port: value(" port=")?.parse().ok()? })
+    }
+
     /// Makes sure that the next promotion, from timeline `own`, leads to one above `above`: another node has used the
     /// numbers in between for a history that is not here, and two histories under one number could not be told apart,
     /// neither by Postgres and `pg_rewind` nor by writers.
@@ -344,6 +357,26 @@ mod tests {
             ..RegionAgent::default()
         };
         Conf::new(&settings).unwrap()
+    }
+
+    #[test]
+    fn whom_it_followed_is_known_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let conf = conf(&dir.path().join("data"));
+        assert_eq!(conf.upstream(), None, "no file yet");
+        let upstream = Upstream { host: "10.0.0.7".into(), port: 5433 };
+        conf.write(Some(&upstream), None).unwrap();
+        assert_eq!(conf.upstream(), Some(upstream));
+        conf.write(None, None).unwrap();
+        assert_eq!(conf.upstream(), None);
+        for text in [
+            "primary_conninfo = ''\n",
+            "primary_conninfo = 'host= port=1'\n",
+            "primary_conninfo = 'host=a port=x'\n",
+        ] {
+            std::fs::write(dir.path().join("data/postgresql.auto.conf"), text).unwrap();
+            assert_eq!(conf.upstream(), None, "{text}");
+        }
     }
 
     #[test]

@@ -109,6 +109,9 @@ impl Postgres {
         }
         procs::forget_dead(&self.settings.data)?;
         self.note_foreign();
+        // What it follows is of the past by now, but where its WAL came from.
+        let upstream = self.conf.upstream().filter(|_| self.conf.is_standby());
+        self.shared.change(|status| status.upstream = upstream);
         let control = self.clone_for_tools().settled_control().await;
         self.shared.postmaster(Postmaster::Stopped { exit: None, clean: false, settled: true }, control);
         Ok(())
@@ -502,6 +505,11 @@ impl Postgres {
     /// When it cannot be read.
     pub async fn control(&self) -> anyhow::Result<Option<Control>> {
         self.clone_for_tools().control().await
+    }
+
+    /// Runs it in a task of its own.
+    pub fn in_background(&self, work: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(work);
     }
 
     fn clone_for_tools(&self) -> Tools {

@@ -19,6 +19,8 @@ const STREAM: Duration = Duration::from_secs(15);
 const HOPELESS: Duration = Duration::from_secs(3);
 /// What a copy needs beside the databases: WAL that comes meanwhile.
 const ROOM: u64 = 256 << 20;
+/// It writes what a checkpoint writes.
+const RESTART_POINT: Duration = Duration::from_secs(120);
 /// Before a rebuild; a standby's shutdown writes a restartpoint.
 const STOP: Duration = Duration::from_secs(60);
 
@@ -111,6 +113,7 @@ impl Orders {
         // What it has, the primary has.
         self.node.set_alone(false)?;
         self.drop_slots(&role.slots).await;
+        self.restart_point();
         Ok(self.status())
     }
 
@@ -230,6 +233,22 @@ impl Orders {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Beside everything else: a standby keeps WAL from its last restart point on, and whoever is rewound from it later has to
+    /// copy and replay all of that. Postgres would make the next one after `checkpoint_timeout` only.
+    fn restart_point(&self) {
+        let local = self.local.clone();
+        self.node.in_background(async move {
+            let made = async {
+                let session = local.open().await?;
+                session.run("CHECKPOINT", RESTART_POINT).await
+            };
+            match made.await {
+                Ok(()) => tracing::info!("restart point made"),
+                Err(error) => tracing::warn!(error = format!("{error:#}"), "no restart point"),
+            }
+        });
     }
 
     /// Its own unused slots would keep a standby's WAL for nobody. Slots of other names are other people's.
