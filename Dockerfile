@@ -6,28 +6,29 @@ ARG RUST=1.95
 FROM rust:${RUST}-bookworm AS build
 WORKDIR /src
 # Line tables would double the size of the image; a panic still names file and line.
-ENV CARGO_PROFILE_RELEASE_STRIP=debuginfo CARGO_INCREMENTAL=0
+ENV CARGO_PROFILE_DIST_STRIP=debuginfo CARGO_INCREMENTAL=0
 # Dependencies first, from the manifests alone, each crate an empty one: this layer is made anew only when a manifest or
 # Cargo.lock changes.
 COPY Cargo.toml Cargo.lock ./
-COPY wire/Cargo.toml wire/
-COPY service/Cargo.toml service/
-COPY amqp/Cargo.toml amqp/
+COPY crates/amqp/Cargo.toml crates/amqp/
+COPY crates/service/Cargo.toml crates/service/
+COPY crates/wire/Cargo.toml crates/wire/
 COPY ingest/Cargo.toml ingest/
 COPY consumers/Cargo.toml consumers/
 COPY simulators/Cargo.toml simulators/
 COPY failover/Cargo.toml failover/
 COPY playground/Cargo.toml playground/
-RUN for crate in */; do mkdir -p "${crate}src" && touch "${crate}src/lib.rs"; done
+COPY tier0/Cargo.toml tier0/
+RUN for manifest in */Cargo.toml crates/*/Cargo.toml; do crate=${manifest%Cargo.toml}; mkdir -p "${crate}src" && touch "${crate}src/lib.rs"; done
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
-    cargo build --release --locked --workspace --lib
+    cargo build --profile dist --locked --workspace --lib
 # The real sources, made newer than what was built from the empty ones: cargo goes by times.
 COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     find . -path ./target -prune -o -type f -exec touch {} + \
-    && cargo build --release --locked --bins \
+    && cargo build --profile dist --locked --bins \
     && mkdir /out \
-    && find target/release -maxdepth 1 -type f -perm -u+x ! -name '*.so' -exec cp {} /out/ \;
+    && find target/dist -maxdepth 1 -type f -perm -u+x ! -name '*.so' -exec cp {} /out/ \;
 
 FROM debian:bookworm-slim AS processes
 LABEL org.opencontainers.image.title="Tier0" org.opencontainers.image.licenses="Apache-2.0"

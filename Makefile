@@ -3,8 +3,10 @@
 CARGO ?= cargo
 ARGS ?=
 BUDGET ?= 2,1,1,1,0
+# What is measured and what is shipped; what `make up` starts is built without link-time optimisation.
+DIST = $(CARGO) build --profile dist --locked --bins
 
-.PHONY: up test check install install-test build secrets device bench bench-growth bench-sessions bench-failover drill \
+.PHONY: up test check install install-test build dist secrets device bench bench-growth bench-sessions bench-failover drill \
 	drill-outages drill-failover drill-hand model simulate fuzz properties docs audit down clean
 
 # In order, also with -j: the steps install, check and build for one another.
@@ -34,6 +36,10 @@ check:
 build:
 	$(CARGO) build --workspace --locked --bins
 
+# The programs as they are shipped, into target/dist/.
+dist:
+	$(DIST)
+
 # Debian packages this machine lacks.
 install:
 	@command -v $(CARGO) >/dev/null || { echo "a Rust toolchain is needed: https://rustup.rs" >&2; exit 1; }
@@ -46,23 +52,23 @@ install-test:
 # How fast, beside what the machine's parts can do alone; writes target/bench.json.
 bench:
 	@playground/install.sh bench
-	$(CARGO) build --release --locked --bins
-	target/release/tier0 bench $(ARGS)
+	$(DIST)
+	target/dist/tier0 bench $(ARGS)
 
 # How the rates hold to 50 million rows; writes target/growth.json and target/growth.svg. A quarter of an hour, 80 GB of disk.
 bench-growth: install
-	$(CARGO) build --release --locked --bins
-	target/release/tier0 bench-growth $(ARGS)
+	$(DIST)
+	target/dist/tier0 bench-growth $(ARGS)
 
 # The same for user activity through RabbitMQ; writes target/bench-sessions.json.
 bench-sessions: install
-	$(CARGO) build --release --locked --bins
-	target/release/tier0 bench-sessions $(ARGS)
+	$(DIST)
+	target/dist/tier0 bench-sessions $(ARGS)
 
 # How long nobody can write when a region is lost, beside Postgres' own floor; writes target/bench-failover.json. Eight minutes.
 bench-failover: install
-	$(CARGO) build --release --locked --bins
-	target/release/tier0 bench-failover $(ARGS)
+	$(DIST)
+	target/dist/tier0 bench-failover $(ARGS)
 
 # Both drills: half an hour and five minutes.
 drill: drill-outages drill-failover
@@ -100,7 +106,7 @@ drill-hand: install build
 
 # The files that are made from the code: config/tier0.toml, docs/configuration.md, docs/metrics.md. A test compares them.
 docs:
-	$(CARGO) run --locked --package playground --bin tier0 -- docs
+	$(CARGO) run --locked --package tier0 --bin tier0 -- docs
 
 # Licences, sources, bans and known weaknesses of all crates: needs cargo-deny (`cargo install --locked cargo-deny`) and GitHub.
 audit:

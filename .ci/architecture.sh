@@ -32,22 +32,22 @@ refuse() {
 }
 
 # wire: shapes only, no I/O.
-not_below wire tokio mio rumqttc lapin tokio-postgres axum service ingest consumers simulators playground
+not_below wire tokio mio rumqttc lapin tokio-postgres axum service ingest consumers simulators playground tier0
 # amqp: a connection and its queues; no message, no table.
-not_below amqp tokio-postgres ingest consumers simulators playground
+not_below amqp tokio-postgres ingest consumers simulators playground tier0
 # service: what every process has; no domain.
-not_below service wire amqp ingest consumers simulators playground rumqttc lapin tokio-postgres
+not_below service wire amqp ingest consumers simulators playground tier0 rumqttc lapin tokio-postgres
 # ingest: a message in, a committed row out; knows no broker, no simulator.
-not_below ingest amqp rumqttc lapin consumers simulators playground
+not_below ingest amqp rumqttc lapin consumers simulators playground tier0
 not_direct ingest axum clap
 # consumers: a broker's delivery and its acknowledgement; no SQL of their own.
 not_direct consumers tokio-postgres deadpool-postgres refinery
-not_below consumers simulators playground
+not_below consumers simulators playground tier0
 # simulators: publish and remember; never see the database.
-not_below simulators tokio-postgres deadpool-postgres ingest consumers playground
+not_below simulators tokio-postgres deadpool-postgres ingest consumers playground tier0
 # failover: regions and servers; knows no telemetry (of wire it takes the settings of a Postgres session), and production code
 # never the playground.
-not_below failover rumqttc lapin ingest consumers simulators playground
+not_below failover rumqttc lapin ingest consumers simulators playground tier0
 
 # A merge that was not finished.
 if git grep -nE '^(<<<<<<<|>>>>>>>) ' -- . >&2; then

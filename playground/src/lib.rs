@@ -9,17 +9,11 @@
 //! start it with [`child::Start`], wait for it with a request of its own protocol ([`child::Child::until`]).
 
 pub mod account;
-pub mod bench;
 pub mod cgroup;
 pub mod child;
-pub mod cli;
 pub mod cluster;
 pub mod collector;
-pub mod commands;
-pub mod docs;
-pub mod drill;
 pub mod faketime;
-pub mod home;
 pub mod http;
 pub mod link;
 pub mod metrics;
@@ -28,6 +22,7 @@ pub mod mosquitto;
 pub mod pgbouncer;
 pub mod port;
 pub mod postgres;
+pub mod process;
 pub mod procfs;
 pub mod program;
 pub mod rabbitmq;
@@ -35,5 +30,3 @@ pub mod redis;
 pub mod regions;
 pub mod scratch;
 pub mod shipped;
-pub mod up;
-pub mod verify;

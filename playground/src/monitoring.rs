@@ -13,8 +13,8 @@ use nix::sys::signal::Signal;
 
 use crate::account::{Account, private_dir, private_file};
 use crate::child::{Child, Start};
-use crate::home::Process;
 use crate::port::Port;
+use crate::process::Process;
 use crate::program::Program;
 use crate::{http, shipped};
 pub use exporters::Servers;

@@ -4,8 +4,6 @@
 //! orchestrator to say. The tokens are made anew for each playground and lie in files that only we can read; there is
 //! no default one.
 
-pub mod stage;
-
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 

@@ -7,7 +7,6 @@ mod callers;
 mod copies;
 mod disaster;
 mod disks;
-mod faults;
 mod fixture;
 mod hand;
 mod load;

@@ -1,0 +1,161 @@
+//! The servers and programs of one scenario, with a link where it cuts.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use wire::ledger::Ledger;
+
+use super::watch::Watch;
+use super::{OutageArgs, Scenario};
+use crate::verify::stored::{self, Scope};
+use crate::verify::{Report, compare};
+use playground::cluster::{Cluster, Options};
+use playground::link::Link;
+use playground::mosquitto::Mosquitto;
+use playground::postgres::Role;
+use playground::program::{Launch, Program};
+use playground::scratch::Scratch;
+
+pub(super) const READY: Duration = Duration::from_secs(60);
+/// The simulator waits for acknowledgements, the consumer commits what it holds.
+const GRACE: Duration = Duration::from_secs(120);
+const REPLAY: Duration = Duration::from_secs(120);
+/// Nothing waits and nothing comes for this long: what has not come will not come.
+const QUIET: Duration = Duration::from_secs(5);
+/// Longest wait for what the broker still holds when the devices have stopped.
+const DRAIN: Duration = Duration::from_secs(600);
+
+/// Clients before servers, files last: dropping goes in this order.
+pub(super) struct Stage {
+    pub(super) simulator: Program,
+    pub(super) consumer: Program,
+    link: Option<Link>,
+    pub(super) broker: Mosquitto,
+    pub(super) cluster: Cluster,
+    scratch: Scratch,
+}
+
+impl Stage {
+    pub(super) async fn start(scenario: Scenario, args: &OutageArgs) -> anyhow::Result<Self> {
+        let scratch = Scratch::new()?;
+        // As shipped: tests' little memory would not be what people run.
+        let options = Options { settings: Vec::new(), ..Options::default() };
+        let (cluster, broker) =
+            tokio::try_join!(Cluster::start(&scratch, options), Mosquitto::start(&scratch, &[]))?;
+        let link = match scenario {
+            Scenario::CutConsumerBroker | Scenario::CutSimulatorBroker => {
+                Some(Link::open(broker.port()).await?)
+            }
+            Scenario::CutConsumerPrimary | Scenario::CutPrimaryStandby => {
+                Some(Link::open(cluster.primary().port()).await?)
+            }
+            _ => None,
+        };
+        let linked = |by: Scenario| link.as_ref().filter(|_| scenario == by).map(Link::port);
+        if let Some(port) = linked(Scenario::CutPrimaryStandby) {
+            follow_through(&cluster, port).await?;
+        }
+        let mut launch = Launch::new("mqtt-consumer").envs(cluster.environment()).envs(broker.environment());
+        if let Some(port) = linked(Scenario::CutConsumerBroker) {
+            launch = launch.set("mqtt.port", port);
+        }
+        if let Some(port) = linked(Scenario::CutConsumerPrimary) {
+            let hosts = format!("127.0.0.1:{port},127.0.0.1:{}", cluster.standby().port());
+            launch = launch.set("database.hosts", hosts);
+        }
+        for setting in &args.set {
+            launch = launch.args(["--set".to_owned(), setting.clone()]);
+        }
+        let mut consumer = launch.start(scratch.path()).await?;
+        consumer.ready(READY).await?;
+        let mut launch = Launch::new("device-simulator").envs(broker.environment());
+        if let Some(port) = linked(Scenario::CutSimulatorBroker) {
+            launch = launch.set("mqtt.port", port);
+        }
+        let ledger = scratch.path().join("ledger.json").display().to_string();
+        let simulator = launch
+            .args(["--rate".to_owned(), args.rate.to_string(), "--ledger".to_owned(), ledger])
+            .start(scratch.path())
+            .await?;
+        Ok(Self { simulator, consumer, link, broker, cluster, scratch })
+    }
+
+    /// What this scenario cuts.
+    pub(super) fn link(&self) -> anyhow::Result<&Link> {
+        self.link.as_ref().context("a scenario that cuts has a link")
+    }
+
+    /// Stops the devices, waits until what the broker holds is stored, and compares every device on every node.
+    pub(super) async fn finish(&mut self, watch: &mut Watch) -> anyhow::Result<Report> {
+        self.simulator.terminate(GRACE).await?;
+        let file = std::fs::File::open(self.scratch.path().join("ledger.json")).context("open the ledger")?;
+        let ledger: Ledger =
+            serde_json::from_reader(std::io::BufReader::new(file)).context("read the ledger")?;
+        if ledger.readings() == 0 {
+            bail!("the broker acknowledged nothing: there is nothing to check");
+        }
+        self.drained(watch, &ledger).await?;
+        self.consumer.terminate(GRACE).await?;
+        self.cluster.wait_synchronous().await?;
+        self.cluster.wait_replayed(REPLAY).await?;
+        let mut findings = Vec::new();
+        for node in &self.cluster.nodes {
+            let mut db = node.connect(Role::Owner).await?;
+            let stored =
+                stored::read(&mut db, &ledger, Scope::Everything).await.context("read the tables")?;
+            findings.push(compare(node.name(), &ledger, &stored));
+        }
+        Ok(Report::new(&ledger, findings))
+    }
+
+    /// The tables hold as much as the ledger, or nothing comes any more (the comparison says what is missing).
+    async fn drained(&mut self, watch: &mut Watch, ledger: &Ledger) -> anyhow::Result<()> {
+        let wanted = i64::try_from(ledger.readings()).unwrap_or(i64::MAX);
+        let deadline = Instant::now() + DRAIN;
+        let mut progress = Instant::now();
+        let mut last = 0;
+        loop {
+            let sample = watch.look(self).await;
+            if sample.received != last || sample.waiting() > 0 {
+                last = sample.received;
+                progress = Instant::now();
+            } else {
+                let db = self.cluster.connect(Role::Owner).await?;
+                let sql = "SELECT count(*) FROM device_telemetry";
+                let rows: i64 = db.query_one(sql, &[]).await.context("count the rows")?.get(0);
+                if rows >= wanted || progress.elapsed() > QUIET {
+                    return Ok(());
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("the consumer has not drained the broker within {DRAIN:?}");
+            }
+        }
+    }
+}
+
+/// Makes the running standby stream through another port.
+async fn follow_through(cluster: &Cluster, port: u16) -> anyhow::Result<()> {
+    let db = cluster.standby().admin().await?;
+    let known: String =
+        db.query_one("SHOW primary_conninfo", &[]).await.context("ask how it streams")?.get(0);
+    let direct = format!("port={}", cluster.primary().port());
+    if !known.contains(&direct) {
+        bail!("primary_conninfo does not hold {direct}");
+    }
+    let through = known.replace(&direct, &format!("port={port}")).replace('\'', "''");
+    db.batch_execute(&format!("ALTER SYSTEM SET primary_conninfo = '{through}'"))
+        .await
+        .context("send the standby through the link")?;
+    // The walreceiver that runs ends and a new one connects; the old one's place at the primary is free by then.
+    db.batch_execute("SELECT pg_reload_conf()").await.context("reload")?;
+    let sql = "SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming' AND sender_port = $1";
+    let deadline = Instant::now() + READY;
+    while db.query_one(sql, &[&i32::from(port)]).await.context("ask the receiver")?.get::<_, i64>(0) == 0 {
+        if Instant::now() > deadline {
+            bail!("the standby does not stream through the link after {READY:?}");
+        }
+        tokio::time::sleep(playground::child::POLL).await;
+    }
+    cluster.wait_synchronous().await
+}
