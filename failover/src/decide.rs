@@ -6,8 +6,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::protocol::{Node, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
-use crate::state::{Copies, Mode, State};
+use failover_api::{Copies, Mode, Node};
+
+use crate::protocol::{NodeStatus, Postmaster, Rejoin, Sample, Upstream};
+use crate::state::State;
 use crate::view::{Condition, Doubt, Policy, Seen, View};
 
 /// The next thing to do.

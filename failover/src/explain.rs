@@ -6,8 +6,7 @@ use axum::http::{StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
-
-use crate::protocol::Problem;
+use failover_api::Problem;
 
 /// Of a text that the library made.
 const MOST: usize = 4 << 10;

@@ -3,7 +3,9 @@
 use std::future::Future;
 use std::time::Duration;
 
-use crate::protocol::{Code, Node, NodeStatus, Order};
+use failover_api::Node;
+
+use crate::protocol::{Code, NodeStatus, Order};
 use crate::state::State;
 
 /// Why an order was not carried out.

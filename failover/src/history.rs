@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use failover_api::Verification;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -46,15 +47,6 @@ struct Line<'a> {
     hash: String,
     #[serde(borrow)]
     entry: &'a RawValue,
-}
-
-/// How a verification went.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Verification {
-    pub entries: u64,
-    pub intact: bool,
-    /// The first line that does not fit, from 1, and why.
-    pub broken: Option<String>,
 }
 
 /// The file `history.jsonl`.
@@ -228,8 +220,10 @@ fn hash(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use failover_api::Kind;
+
     use super::*;
-    use crate::operation::{Kind, Request};
+    use crate::operation::Request;
     use crate::state::State;
 
     fn operation(id: &str) -> Operation {

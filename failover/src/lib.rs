@@ -12,7 +12,6 @@ pub mod decide;
 pub mod explain;
 pub mod hands;
 pub mod history;
-pub mod lsn;
 pub mod operation;
 pub mod orchestrator;
 pub mod priority;

@@ -34,11 +34,11 @@ use std::fmt::{self, Write};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Mutex;
 
+use failover_api::Copies;
 use stateright::{Checker, Expectation, HasDiscoveries, Model, Path, Property};
 
 use crate::decide::{self, Rules};
 use crate::orchestrator::report;
-use crate::state::Copies;
 use crate::view::View;
 use events::Event;
 use seen::{NOW, index, view};

@@ -11,31 +11,16 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use failover_api::{Kind, Lsn, Node, StepRecord, StepStatus};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use utoipa::ToSchema;
 
 use crate::hands::Hands;
-use crate::lsn::Lsn;
-use crate::protocol::{Node, Upstream};
+use crate::protocol::Upstream;
 use crate::state::State;
 use steps::{carry_out, undo};
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// The source lives and takes part.
-    Planned,
-    /// The source is gone; the target holds every acknowledged commit.
-    Unplanned,
-    /// The operator accepts the loss of what the target does not have.
-    Forced,
-    /// A person has taken the world as it is for the truth.
-    Adopted,
-    /// A person has given up what only one node may have.
-    Discarded,
-}
 
 /// The steps, in the order of [`plan`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
@@ -55,15 +40,6 @@ pub enum Step {
     /// A row that carries the epoch is committed.
     Mark,
     Validate,
-}
-
-/// How a step ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum StepStatus {
-    Done,
-    Failed,
-    RolledBack,
 }
 
 impl Step {
@@ -94,36 +70,6 @@ pub fn plan(kind: Kind, waits: bool) -> Vec<Step> {
     steps.extend(if waits { [Step::Repoint, Step::Mark] } else { [Step::Mark, Step::Repoint] });
     steps.push(Step::Validate);
     steps
-}
-
-/// How one step went.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct StepRecord {
-    pub number: u32,
-    pub action: String,
-    /// Entries of earlier versions have none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<String>)]
-    pub started_at: Option<Timestamp>,
-    pub duration_ms: f64,
-    pub status: StepStatus,
-    pub detail: String,
-}
-
-impl StepRecord {
-    /// Of a step that has just ended.
-    #[must_use]
-    pub fn new(number: u32, action: &str, started: Instant, status: StepStatus, detail: String) -> Self {
-        let took = started.elapsed();
-        Self {
-            number,
-            action: action.into(),
-            started_at: Timestamp::now().checked_sub(took).ok(),
-            duration_ms: took.as_secs_f64() * 1000.0,
-            status,
-            detail,
-        }
-    }
 }
 
 /// What is asked for.
@@ -241,7 +187,7 @@ impl Operation {
 
     fn record(&mut self, action: &str, started: Instant, status: StepStatus, detail: String) {
         let number = u32::try_from(self.steps.len()).unwrap_or(u32::MAX).saturating_add(1);
-        self.steps.push(StepRecord::new(number, action, started, status, detail));
+        self.steps.push(StepRecord::new(number, action, started.elapsed(), status, detail));
     }
 }
 

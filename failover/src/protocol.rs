@@ -8,13 +8,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use failover_api::{Lsn, Node};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-
-use crate::lsn::Lsn;
-
-/// Name of a node, which is the name of its region, its replication slot and its `application_name`.
-pub type Node = String;
 
 /// Where a standby streams from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -411,43 +407,6 @@ impl NodeStatus {
     #[must_use]
     pub fn is_standby(&self) -> bool {
         self.is_running() && self.sample.as_ref().is_some_and(|sample| sample.in_recovery)
-    }
-}
-
-/// Body of an agent's refusal or failure.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct Problem {
-    pub error: ProblemBody,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct ProblemBody {
-    pub code: String,
-    /// What is wrong and what to do.
-    pub message: String,
-    #[serde(default)]
-    pub details: serde_json::Value,
-}
-
-impl Problem {
-    #[must_use]
-    pub fn new(code: &str, message: impl Into<String>) -> Self {
-        Self {
-            error: ProblemBody {
-                code: code.into(),
-                message: message.into(),
-                details: serde_json::Value::Null,
-            },
-        }
-    }
-}
-
-/// The word that stands for a value of one word in JSON, for texts and metrics.
-#[must_use]
-pub fn word(value: &impl Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(serde_json::Value::String(word)) => word,
-        other => format!("{other:?}"),
     }
 }
 

@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use failover_api::{Copies, Kind, Mode, Node};
 use jiff::Timestamp;
 use proptest::prelude::*;
 use rand::RngExt;
@@ -25,10 +26,10 @@ use tokio::time::Instant;
 
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
-use crate::operation::{self, Kind, Operation, Request};
+use crate::operation::{self, Operation, Request};
 use crate::orchestrator::checks::{self, Question};
-use crate::protocol::{Command, Node, NodeStatus, Order, Rejoin};
-use crate::state::{Copies, Mode, State};
+use crate::protocol::{Command, NodeStatus, Order, Rejoin};
+use crate::state::State;
 use crate::upkeep;
 use crate::view::{Condition, Policy, View};
 use world::{World, address, name};
@@ -260,7 +261,7 @@ impl Run {
             acknowledged: self.world(|world| world.view(self.now, &self.cures)).nodes[&self.state.primary]
                 .status
                 .as_ref()
-                .map_or(crate::lsn::Lsn(0), |status| status.acknowledged),
+                .map_or(failover_api::Lsn(0), |status| status.acknowledged),
             bytes_at_risk: (kind != Kind::Forced).then_some(0),
             two_copies: self.rules.copies == Copies::TwoCopies,
         };

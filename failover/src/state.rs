@@ -7,35 +7,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use failover_api::{Mode, Node};
 use jiff::Timestamp;
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::operation::Operation;
-use crate::protocol::Node;
 
 pub const FORMAT: u32 = 1;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Mode {
-    /// Fails over, degrades and rejoins by itself.
-    Auto,
-    /// Starts, stops, promotes and rewrites no node by itself, but for a second writable one, which is stopped. Whom
-    /// commits wait for is still kept true: a standby that dies is given up. An operation under way is finished.
-    Paused,
-}
-
-/// How many copies a commit needs right after a failover.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Copies {
-    /// Acknowledge at once with one copy when no standby is left; an alarm until there are two.
-    Available,
-    /// Acknowledge only when a standby has it too; until then the brokers hold the readings.
-    TwoCopies,
-}
 
 /// Remembered answer to a request with an `Idempotency-Key`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -5,8 +5,10 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use failover_api::Node;
+
 use crate::decide::{Action, Rules};
-use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop};
+use crate::protocol::{NodeStatus, Order, Rejoin, Stop};
 use crate::state::State;
 
 const SWIFT: Duration = Duration::from_secs(5);

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use failover_api::{Lsn, Node};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::lsn::Lsn;
-use crate::protocol::{Attached, Node, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
+use crate::protocol::{Attached, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
 use crate::state::State;
 
 /// Limits by which evidence is judged.

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use failover::orchestrator::report::{self, HistoryReport, NodeReport, Status};
+use failover_api::{HistoryReport, NodeReport, Status};
+
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -273,7 +274,8 @@ impl Regions {
 /// `lately`: what was heard before somebody was killed says nothing of what is now.
 #[must_use]
 pub fn is_whole(status: &Status, others: usize, lately: Duration) -> bool {
-    let standbys = status.nodes.iter().filter(|node| node.role == report::Role::Standby && node.streaming);
+    let standbys =
+        status.nodes.iter().filter(|node| node.role == failover_api::Role::Standby && node.streaming);
     let heard =
         |node: &NodeReport| node.agent_last_seen_ms.is_some_and(|ago| Duration::from_millis(ago) < lately);
     status.sync_set.len() == others

@@ -9,6 +9,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use failover_api::{Problem, word};
 use serde::Deserialize;
 use service::secret::Secret;
 use tokio::sync::Semaphore;
@@ -16,7 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::metrics::Metrics;
 use crate::agent::orders::Orders;
-use crate::protocol::{Code, Command, NodeStatus, Problem, word};
+use crate::protocol::{Code, Command, NodeStatus};
 use crate::token;
 
 /// Where callers find what they may ask.

@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
+use failover_api::Node;
 use nix::unistd::{Gid, Uid, User, chown, geteuid};
 
 use crate::agent::settings::RegionAgent;
-use crate::protocol::{Node, Upstream};
+use crate::protocol::Upstream;
 
 /// In `synchronous_standby_names` of a guarded standby: nobody bears this name, so nothing is acknowledged.
 pub const GUARD: &str = "tier0_guard";

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use failover_api::Lsn;
 use nix::unistd::Pid;
 use serde::Deserialize;
 use tokio::sync::{Notify, OnceCell};
@@ -17,7 +18,6 @@ use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage, Statement};
 use crate::agent::conf::parse_names;
 use crate::agent::settings::RegionAgent;
 use crate::agent::shared::Shared;
-use crate::lsn::Lsn;
 use crate::protocol::{Attached, Receiver, Sample, Upstream};
 
 const CONNECT: Duration = Duration::from_secs(2);

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use failover_api::Node;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -24,7 +25,7 @@ use crate::agent::procs;
 use crate::agent::settings::RegionAgent;
 use crate::agent::shared::Shared;
 use crate::orchestrator::store;
-use crate::protocol::{Code, Command as Order, Control, Node, Postmaster, Rejoin, Stop, Upstream};
+use crate::protocol::{Code, Command as Order, Control, Postmaster, Rejoin, Stop, Upstream};
 use tools::{Tools, spawn};
 
 /// How often the data of a stopped node is looked at.

@@ -3,11 +3,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use failover_api::Lsn;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::agent::conf::GUARD;
-use crate::lsn::Lsn;
 use crate::protocol::{Control, NodeStatus, Postmaster, Sample, millis};
 
 /// Shared by the agent's tasks.

@@ -1,9 +1,11 @@
 //! What an agent and its Postgres do with an order.
 
+use failover_api::Node;
+
 use super::seen::{name, status};
 use super::world::{Link, MIXED, REWRITTEN, Wait, World, bits};
 use crate::hands::OrderError;
-use crate::protocol::{Code, Node, NodeStatus, Order, Rejoin, Stop};
+use crate::protocol::{Code, NodeStatus, Order, Rejoin, Stop};
 
 impl World {
     /// An order arrives.

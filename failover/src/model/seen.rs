@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use failover_api::{Lsn, Node};
+
 use super::world::{Glance, Link, Wait, World};
 use crate::agent::conf::GUARD;
 use crate::decide::Rules;
-use crate::lsn::Lsn;
-use crate::protocol::{Attached, Control, Node, NodeStatus, Postmaster, Receiver, Sample, Upstream};
+use crate::protocol::{Attached, Control, NodeStatus, Postmaster, Receiver, Sample, Upstream};
 use crate::view::{Seen, View};
 
 pub(super) const NOW: Duration = Duration::from_secs(100);

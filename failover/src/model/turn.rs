@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::task::Poll;
 use std::time::Duration;
 
+use failover_api::{Copies, Kind, Node};
 use jiff::Timestamp;
 use tokio::runtime::Runtime;
 use tokio::time::{Instant, sleep};
@@ -15,10 +16,10 @@ use super::seen::{NOW, index, name, view};
 use super::world::{Cure, Durable, Late, Link, NOT_IN_SYNC, OLD_STATE, World, bits};
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
-use crate::operation::{self, Kind, Request, Step};
+use crate::operation::{self, Request, Step};
 use crate::orchestrator::checks;
-use crate::protocol::{Node, NodeStatus, Order, Rejoin};
-use crate::state::{Copies, State};
+use crate::protocol::{NodeStatus, Order, Rejoin};
+use crate::state::State;
 use crate::upkeep;
 use crate::view::{Condition, View};
 

@@ -3,10 +3,11 @@
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+use failover_api::Copies;
 use jiff::Timestamp;
 
 use crate::protocol::{Order, Rejoin};
-use crate::state::{Copies, State};
+use crate::state::State;
 
 /// Violations that are seen in the moment of an act, as bits.
 pub(super) const TWO_ACKNOWLEDGE: u8 = 1;

@@ -5,16 +5,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use failover_api::{Kind, Lsn, Node, StepStatus};
 use futures_util::StreamExt;
 use futures_util::future::{Either, join_all, select};
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Kind, Operation, Step, StepStatus};
+use super::{Operation, Step};
 use crate::decide::holds;
 use crate::hands::{Hands, OrderError};
-use crate::lsn::Lsn;
-use crate::protocol::{Node, NodeStatus, Order, Rejoin, Stop, Upstream, millis};
+use crate::protocol::{NodeStatus, Order, Rejoin, Stop, Upstream, millis};
 use crate::state::State;
 
 /// An answer that must come at once: to detach, to promote.

@@ -3,15 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use failover_api::{Check, Copies, Facts, Lsn, Node};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::decide::Rules;
-use crate::lsn::Lsn;
-use crate::orchestrator::checks::{Bench, Check, Denied};
-use crate::orchestrator::report::{Role, role};
-use crate::protocol::{Node, NodeStatus, Postmaster};
-use crate::state::{Adoption, Copies, State};
+use crate::orchestrator::checks::{Bench, Denied};
+use crate::orchestrator::report::role;
+use crate::protocol::{NodeStatus, Postmaster};
+use crate::state::{Adoption, State};
 use crate::view::View;
 
 /// What is asked.
@@ -23,22 +22,6 @@ pub struct AdoptQuestion {
     /// The agent of another node is not heard: it may be writable.
     pub while_unheard: bool,
     pub reason: String,
-}
-
-/// What is known of one node.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Facts {
-    pub region: Node,
-    pub role: Role,
-    /// Its agent answers.
-    pub heard: bool,
-    pub timeline: u32,
-    pub lsn: Lsn,
-    /// The highest that its agent has obeyed, and of whom.
-    pub epoch: u64,
-    pub orchestrator: String,
-    /// Why its data would be kept from being rewritten; null when it would simply follow.
-    pub kept: Option<String>,
 }
 
 /// All checks and facts, and what would be written down or why nothing.

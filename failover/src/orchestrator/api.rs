@@ -13,6 +13,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use failover_api::{HistoryReport, Mode, Problem, RedisReport, Report, Status};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use service::secret::Secret;
@@ -27,13 +28,11 @@ use crate::orchestrator::checks::{Denied, Question};
 use crate::orchestrator::engine::{self, Asked};
 use crate::orchestrator::metrics::Metrics;
 use crate::orchestrator::remote::Remote;
-use crate::orchestrator::report::{self, HistoryReport, RedisReport, Report, Status};
-use crate::protocol::Problem;
-use crate::state::{Answered, Mode};
+use crate::orchestrator::report::{self};
+use crate::state::Answered;
 use crate::token;
 
-pub use person::{__path_adopt, __path_discard, AdoptPlan, adopt, discard};
-pub use plan::Plan;
+pub use person::{__path_adopt, __path_discard, adopt, discard};
 
 /// Where callers find what they may ask.
 pub const SEE: &str = "GET /openapi.json says what each call takes";

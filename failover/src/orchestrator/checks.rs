@@ -2,13 +2,11 @@
 
 use std::time::Duration;
 
+use failover_api::{Check, Copies, Kind, Mode, Node};
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
 
 use crate::decide::{FENCES, Rules};
-use crate::operation::Kind;
-use crate::protocol::Node;
-use crate::state::{Copies, Mode, State};
+use crate::state::State;
 use crate::view::{Condition, Doubt, View};
 
 /// What is asked.
@@ -20,14 +18,6 @@ pub struct Question {
     pub force: bool,
     pub while_paused: bool,
     pub expected_primary: Option<Node>,
-}
-
-/// One check and how it came out.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Check {
-    pub name: String,
-    pub ok: bool,
-    pub detail: String,
 }
 
 /// Why not, with the HTTP status of the contract.

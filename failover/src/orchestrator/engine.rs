@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use failover_api::{Kind, Mode, Node, RedisReport};
 use jiff::Timestamp;
 use service::health::Dependency;
 use service::traces::Tracer;
@@ -21,16 +22,15 @@ use tokio_util::sync::CancellationToken;
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
 use crate::history::{Entry, History};
-use crate::operation::{self, Kind, Step};
+use crate::operation::{self, Step};
 use crate::orchestrator::adopt::AdoptQuestion;
 use crate::orchestrator::checks::{self, Denied, Question};
 use crate::orchestrator::metrics::Metrics;
 use crate::orchestrator::redis::Redis;
 use crate::orchestrator::remote::Remote;
-use crate::orchestrator::report::RedisReport;
 use crate::orchestrator::{report, start};
-use crate::protocol::{Code, Node, NodeStatus, Order, Rejoin};
-use crate::state::{Answered, Mode, State};
+use crate::protocol::{Code, NodeStatus, Order, Rejoin};
+use crate::state::{Answered, State};
 use crate::upkeep;
 use crate::view::Condition;
 

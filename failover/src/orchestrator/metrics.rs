@@ -2,16 +2,14 @@
 
 use std::time::Duration;
 
+use failover_api::{Kind, Mode, NodeReport, Role, word};
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
 };
 use service::metrics::Registry;
 
 use crate::history::Entry;
-use crate::operation::Kind;
-use crate::orchestrator::report::{NodeReport, Role};
-use crate::protocol::word;
-use crate::state::{Mode, State};
+use crate::state::State;
 
 pub(super) fn name(kind: Kind) -> String {
     word(&kind)
@@ -248,12 +246,12 @@ mod tests {
         };
         let mut operation = Operation::new(request, &state);
         operation.write_gap_ms = Some(250.0);
-        operation.steps.push(crate::operation::StepRecord {
+        operation.steps.push(failover_api::StepRecord {
             number: 1,
             action: "promote".into(),
             started_at: None,
             duration_ms: 120.0,
-            status: crate::operation::StepStatus::Done,
+            status: failover_api::StepStatus::Done,
             detail: String::new(),
         });
         let dir = tempfile::tempdir().unwrap();

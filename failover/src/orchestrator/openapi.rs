@@ -12,7 +12,7 @@ use crate::orchestrator::api;
         description = "Regional failover in under five seconds, with nothing acknowledged lost."
     ),
     paths(api::status, api::history, api::failover, api::mode, api::adopt, api::discard),
-    components(schemas(api::Plan, api::AdoptPlan))
+    components(schemas(failover_api::Plan, failover_api::AdoptPlan))
 )]
 struct Document;
 

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use failover_api::{Node, RedisReport};
 use fred::types::Value;
 use futures_util::future::{join, join_all};
 use service::secret::Secret;
@@ -23,9 +24,9 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::orchestrator::report::{RedisReport, address};
+use crate::orchestrator::report::address;
 use crate::orchestrator::settings::RedisSettings;
-use crate::protocol::{Node, Upstream};
+use crate::protocol::Upstream;
 use sight::{Role, Sight, is_majority};
 
 /// Sentinel's own failover, its fixed second included. If larger, a failover of the region takes longer than promised when

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use failover_api::{Node, Problem, word};
 use reqwest::Client;
 use service::secret::Secret;
 use tokio::sync::watch as channel;
@@ -14,7 +15,7 @@ use crate::orchestrator::crash;
 use crate::orchestrator::settings::Address;
 use crate::orchestrator::store::Store;
 use crate::orchestrator::watch::Watched;
-use crate::protocol::{Code, Command, Node, NodeStatus, Order, Problem, millis, word};
+use crate::protocol::{Code, Command, NodeStatus, Order, millis};
 use crate::state::State;
 
 const CONNECT: Duration = Duration::from_millis(500);

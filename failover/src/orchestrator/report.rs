@@ -1,193 +1,19 @@
 //! What callers are told: status, reports of operations, alarms. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use failover_api::{Copies, Mode, Node, NodeReport, Report, Role, StepError, SyncState};
 
 use crate::decide::{FENCES, Rules};
-use crate::history::{Entry, Verification};
-use crate::lsn::Lsn;
-use crate::operation::{Kind, StepRecord};
+use crate::history::Entry;
 use crate::orchestrator::checks::in_doubt;
-use crate::protocol::{Node, NodeStatus, Postmaster, Upstream, millis};
-use crate::state::{Copies, Mode, State};
+use crate::protocol::{NodeStatus, Postmaster, Upstream, millis};
+use crate::state::State;
 use crate::view::{Condition, View};
 
 /// The goal of the product.
 pub const TIER0_LIMIT_MS: f64 = 5000.0;
-
-/// `GET /status`.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct Status {
-    pub current_region: Node,
-    /// `alive`, `gone`, `lost`, `standby` or why it is uncertain.
-    pub primary_condition: String,
-    pub epoch: u64,
-    /// Id of this orchestrator: agents obey no other.
-    pub orchestrator: String,
-    /// Why what is written down may be older than the facts. While there is a reason, nothing is done.
-    pub doubts: Vec<String>,
-    /// The node that writers take for the primary; null when none is writable.
-    pub writers_see: Option<Node>,
-    pub mode: Mode,
-    pub copies: Copies,
-    /// Standbys that hold every acknowledged commit.
-    pub sync_set: BTreeSet<Node>,
-    /// Standbys each commit waits for.
-    pub wait_for: BTreeSet<Node>,
-    pub nodes: Vec<NodeReport>,
-    pub redis: RedisReport,
-    pub deployment_version: String,
-    pub failover_count: u64,
-    pub failover_under_way: bool,
-    pub last_failover: Option<Report>,
-    /// What a person must know. Empty when all is well.
-    pub alarms: Vec<String>,
-}
-
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-pub struct RedisReport {
-    pub configured: bool,
-    /// `host:port` as most Sentinels say.
-    pub master: Option<String>,
-    pub region: Option<Node>,
-    /// The instance in the region of the primary is master, by its own word and by most Sentinels'.
-    #[serde(default)]
-    pub follows: bool,
-    #[serde(default)]
-    pub sentinels: usize,
-    #[serde(default)]
-    pub sentinels_agree: usize,
-    /// What each instance says it is, by region: `master`, `replica`, or why it is not known.
-    #[serde(default)]
-    pub instances: BTreeMap<Node, String>,
-    /// Why no master is known.
-    pub error: Option<String>,
-    /// Are among those of the status.
-    #[serde(skip)]
-    pub alarms: Vec<String>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct NodeReport {
-    pub region: Node,
-    pub address: String,
-    pub role: Role,
-    pub timeline: Option<u32>,
-    pub lsn: Option<Lsn>,
-    pub lag_bytes: Option<u64>,
-    pub lag_seconds: Option<f64>,
-    pub sync_state: SyncState,
-    /// Streams from the primary, by its own words. False for the primary; a switchover needs it of its target.
-    pub streaming: bool,
-    /// WAL that is received and not replayed: a promotion waits for it.
-    pub replay_bytes: Option<u64>,
-    /// Why its data is not rewritten until POST /discard.
-    pub kept: Option<String>,
-    /// What its last orders failed with, or why its agent cannot ask it.
-    pub trouble: Option<String>,
-    /// The highest epoch that its agent has obeyed.
-    pub epoch: Option<u64>,
-    pub agent_last_seen_ms: Option<u64>,
-    pub postgres_last_seen_ms: Option<u64>,
-}
-
-/// What a node is now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Role {
-    Primary,
-    Standby,
-    Stopped,
-    Starting,
-    Stopping,
-    Rebuilding,
-    /// Somebody has started Postgres beside its agent.
-    Foreign,
-    Unknown,
-}
-
-impl Role {
-    pub const ALL: [Self; 8] = [
-        Self::Primary,
-        Self::Standby,
-        Self::Stopped,
-        Self::Starting,
-        Self::Stopping,
-        Self::Rebuilding,
-        Self::Foreign,
-        Self::Unknown,
-    ];
-}
-
-/// What a standby holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum SyncState {
-    /// Every acknowledged commit.
-    Sync,
-    /// Waited for, not confirmed yet.
-    CatchingUp,
-    /// It streams.
-    Async,
-    None,
-}
-
-/// Answer of `POST /failover/{region}` and an entry of `GET /history`.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct Report {
-    pub id: String,
-    pub number: u64,
-    pub kind: Kind,
-    pub success: bool,
-    #[schema(value_type = String)]
-    pub start_time: Timestamp,
-    #[schema(value_type = String)]
-    pub end_time: Timestamp,
-    pub source_region: Node,
-    pub target_region: Node,
-    pub actor: String,
-    pub reason: String,
-    pub steps: Vec<StepRecord>,
-    pub total_duration_ms: f64,
-    /// Below 5 s, and done.
-    pub tier0_compliant: bool,
-    /// From the moment the source was known to be down, or was asked to stop, to the first commit on the target.
-    pub write_gap_ms: Option<f64>,
-    pub error: Option<StepError>,
-    pub epoch: u64,
-    pub timeline_before: u32,
-    pub timeline_after: u32,
-    pub source_lsn: Option<Lsn>,
-    pub target_lsn: Option<Lsn>,
-    /// Of WAL that the target may have lacked. Null: not known.
-    pub bytes_at_risk: Option<u64>,
-    /// How many copies the target's commits have at first.
-    pub copies_after: usize,
-    pub hash: String,
-    pub previous_hash: String,
-}
-
-/// The step that failed and what was undone.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct StepError {
-    pub code: String,
-    pub step: String,
-    pub message: String,
-    pub rolled_back: String,
-}
-
-/// `GET /history`.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-pub struct HistoryReport {
-    /// Newest first.
-    pub failovers: Vec<Report>,
-    /// With `?verify=true`.
-    pub verification: Option<Verification>,
-}
 
 /// An entry of the history as callers see it.
 #[must_use]

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use failover_api::{Copies, Node};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use service::http::HttpSettings;
@@ -13,8 +14,7 @@ use service::settings::Settings;
 use service::traces::TraceSettings;
 
 use crate::decide::Rules;
-use crate::protocol::{Node, Upstream};
-use crate::state::Copies;
+use crate::protocol::Upstream;
 use crate::token;
 use crate::view::Policy;
 

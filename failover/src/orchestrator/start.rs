@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use failover_api::{Copies, Node};
+
 use crate::decide::Rules;
-use crate::protocol::{Node, NodeStatus};
-use crate::state::{Copies, State};
+use crate::protocol::NodeStatus;
+use crate::state::State;
 use crate::view::View;
 
 /// The first state, or why it cannot be told yet. Never guesses: taking the wrong node would throw data away.

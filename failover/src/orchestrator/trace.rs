@@ -3,10 +3,10 @@
 
 use std::time::{Duration, SystemTime};
 
+use failover_api::StepStatus;
 use service::traces::Span;
 
 use crate::history::Entry;
-use crate::operation::StepStatus;
 
 /// The operation and its steps.
 pub(super) fn tell(entry: &Entry) -> Span {
@@ -33,7 +33,7 @@ pub(super) fn tell(entry: &Entry) -> Span {
         ended = started + Duration::try_from_secs_f64(record.duration_ms / 1000.0).unwrap_or_default();
         let mut step = Span::new(record.action.clone(), started, ended)
             .with("tier0.step", u64::from(record.number))
-            .with("tier0.status", crate::protocol::word(&record.status))
+            .with("tier0.status", failover_api::word(&record.status))
             .with("tier0.detail", record.detail.as_str());
         if record.status == StepStatus::Failed {
             step = step.failed(record.detail.as_str());

@@ -1,12 +1,12 @@
 //! The people of the simulation: one who restores and promotes without asking, and one on call who follows the alarms.
 
+use failover_api::Node;
 use rand::RngExt;
 
 use super::{Run, World};
 use crate::hands::Hands;
 use crate::orchestrator::adopt::{self, AdoptQuestion};
 use crate::orchestrator::report;
-use crate::protocol::Node;
 
 impl Run {
     /// Something is done that the orchestrator is not told of.

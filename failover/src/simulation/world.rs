@@ -5,15 +5,14 @@ mod hand;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use failover_api::{Lsn, Node};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::agent::conf::GUARD;
 use crate::hands::OrderError;
-use crate::lsn::Lsn;
 use crate::protocol::{
-    Attached, Code, Command, Control, Node, NodeStatus, Order, Postmaster, Receiver, Rejoin, Sample, Stop,
-    Upstream,
+    Attached, Code, Command, Control, NodeStatus, Order, Postmaster, Receiver, Rejoin, Sample, Stop, Upstream,
 };
 use crate::state::State;
 use crate::view::{Seen, View};

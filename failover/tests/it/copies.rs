@@ -1,8 +1,8 @@
 //! How many copies a commit has right after a failover: two at once with a third node, or when it is demanded.
 
-use failover::orchestrator::report::Role;
 use std::time::Duration;
 
+use failover_api::Role;
 use tokio::time::{Instant, sleep};
 
 use crate::fixture::Setup;

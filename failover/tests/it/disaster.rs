@@ -4,9 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use failover::operation::Kind;
-use failover::orchestrator::report::Report;
-use failover::orchestrator::report::Role;
+use failover_api::{Kind, Report, Role};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 

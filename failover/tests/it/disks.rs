@@ -62,7 +62,7 @@ impl Drop for Disk {
     }
 }
 
-fn says(status: &failover::orchestrator::report::Status, what: &str) -> bool {
+fn says(status: &failover_api::Status, what: &str) -> bool {
     status.alarms.iter().any(|alarm| alarm.contains(what))
 }
 

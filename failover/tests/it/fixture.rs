@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use failover::orchestrator::report::{HistoryReport, Report, Status};
 use failover::protocol::NodeStatus;
+use failover_api::{HistoryReport, Report, Status};
 use ingest::settings::DatabaseSettings;
 use nix::unistd::Pid;
 use playground::cluster::{Cluster, Options};

@@ -3,8 +3,8 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use failover::orchestrator::report::{Role, Status};
 use failover::protocol::Postmaster;
+use failover_api::{Role, Status};
 use reqwest::Method;
 use serde_json::json;
 use tokio::process::Command;

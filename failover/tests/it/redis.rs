@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use failover::operation::{StepRecord, StepStatus};
-use failover::orchestrator::report::{Report, Status};
+use failover_api::{Report, Status, StepRecord, StepStatus};
 use playground::redis::MASTER;
 use reqwest::Method;
 use serde_json::json;

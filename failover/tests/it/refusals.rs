@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use failover::orchestrator::report::Role;
-use failover::state::Mode;
+use failover_api::{Mode, Role};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};

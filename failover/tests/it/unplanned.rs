@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use failover::operation::Kind;
-use failover::orchestrator::report::Status;
+use failover_api::{Kind, Status};
 use nix::sys::signal::{Signal, kill};
 use tokio::time::Instant;
 

@@ -5,10 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use failover::orchestrator::api::Plan;
-use failover::orchestrator::report::{Report, Role, Status, SyncState};
-use failover::protocol::{Problem, word};
-use failover::state::{Copies, Mode};
+use failover_api::{Copies, Mode, Plan, Problem, Report, Role, Status, SyncState, word};
 use jiff::Timestamp;
 
 use crate::cli::say;

@@ -4,9 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use clap::Args;
-use failover::orchestrator::api::AdoptPlan;
-use failover::orchestrator::report::Report;
-use failover::protocol::{Problem, word};
+use failover_api::{AdoptPlan, Problem, Report, word};
 
 use super::failover::{check_name, post};
 use crate::cli::say;

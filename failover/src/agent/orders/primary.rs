@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use failover_api::{Lsn, Node};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{LOOK, Orders, QUERY};
 use crate::agent::local::Session;
 use crate::agent::node::Refusal;
 use crate::agent::sampler;
-use crate::lsn::Lsn;
-use crate::protocol::{Code, Node, NodeStatus, Sample, Stop};
+use crate::protocol::{Code, NodeStatus, Sample, Stop};
 
 /// A promotion that takes longer may wait for replay that readers hold up.
 const READERS: Duration = Duration::from_millis(250);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use failover_api::Node;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{LOOK, Orders, QUERY};
@@ -11,7 +12,7 @@ use crate::agent::conf::GUARD;
 use crate::agent::local::Local;
 use crate::agent::node::Refusal;
 use crate::agent::symptoms;
-use crate::protocol::{Code, Node, NodeStatus, Postmaster, Rejoin, Sample, Stop, Upstream};
+use crate::protocol::{Code, NodeStatus, Postmaster, Rejoin, Sample, Stop, Upstream};
 
 /// A standby that can stream does so within this time after its start.
 const STREAM: Duration = Duration::from_secs(15);

@@ -6,17 +6,17 @@ use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
+use failover_api::{AdoptPlan, Problem, Report};
+use serde::Deserialize;
 use tokio::sync::oneshot;
-use utoipa::{IntoParams, ToSchema};
+use utoipa::IntoParams;
 
 use super::{Api, actor, done, problem, refuse, starting};
 use crate::history::Entry;
-use crate::orchestrator::adopt::{self, AdoptQuestion, Facts};
-use crate::orchestrator::checks::{Check, Denied};
+use crate::orchestrator::adopt::{self, AdoptQuestion};
+use crate::orchestrator::checks::Denied;
 use crate::orchestrator::engine::{self, Asked};
 use crate::orchestrator::report;
-use crate::protocol::{Problem, ProblemBody};
 
 /// Of a reason, in characters.
 const REASON: usize = 500;
@@ -34,24 +34,12 @@ pub struct AdoptQuery {
     reason: String,
 }
 
-/// What would be taken for the truth.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct AdoptPlan {
-    pub dry_run: bool,
-    /// Whether it would be carried out.
-    pub possible: bool,
-    pub region: String,
-    pub checks: Vec<Check>,
-    pub nodes: Vec<Facts>,
-    pub refusal: Option<ProblemBody>,
-}
-
 /// Takes the world as it is for the new truth: this region is the primary, and this orchestrator the one that agents obey.
 /// For when the orchestrator's state is older than the facts (a directory that was lost or restored, a promotion by hand). It
 /// destroys nothing: data that may hold what the region lacks is kept.
 #[utoipa::path(post, path = "/adopt/{region}", params(("region" = String, Path), AdoptQuery), security(("token" = [])),
     responses(
-        (status = 200, description = "written down; with dry_run, the facts", body = report::Report),
+        (status = 200, description = "written down; with dry_run, the facts", body = Report),
         (status = 400, description = "unknown region", body = Problem),
         (status = 401, description = "no or wrong token", body = Problem),
         (status = 409, description = "a failover is under way", body = Problem),
@@ -100,7 +88,7 @@ pub struct DiscardQuery {
 /// first.
 #[utoipa::path(post, path = "/discard/{region}", params(("region" = String, Path), DiscardQuery), security(("token" = [])),
     responses(
-        (status = 200, description = "written down; with dry_run, what would be given up", body = report::Report),
+        (status = 200, description = "written down; with dry_run, what would be given up", body = Report),
         (status = 400, description = "unknown region", body = Problem),
         (status = 401, description = "no or wrong token", body = Problem),
         (status = 409, description = "nothing of it is kept", body = Problem),

@@ -4,34 +4,11 @@ use std::sync::PoisonError;
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use failover_api::{Kind, Plan, Problem};
 
 use super::{Api, refuse, starting};
-use crate::operation::Kind;
-use crate::orchestrator::checks::{self, Check, Question};
+use crate::orchestrator::checks::{self, Question};
 use crate::orchestrator::engine;
-use crate::protocol::{Problem, ProblemBody};
-
-/// What would happen.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct Plan {
-    pub dry_run: bool,
-    /// Whether it would be carried out.
-    pub possible: bool,
-    pub kind: Option<Kind>,
-    pub source_region: String,
-    pub target_region: String,
-    pub plan: Vec<String>,
-    pub checks: Vec<Check>,
-    /// Of WAL that the target may lack. Null: not known.
-    pub bytes_at_risk: Option<u64>,
-    /// Median of earlier ones of this kind, else what was measured in the lab.
-    pub estimated_ms: f64,
-    /// Copies of each commit right afterwards.
-    pub copies_after: usize,
-    pub refusal: Option<ProblemBody>,
-}
 
 pub(super) fn plan(api: &Api, question: &Question) -> Response {
     let Some(state) = api.remote.state() else { return starting(api) };

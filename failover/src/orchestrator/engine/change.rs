@@ -6,6 +6,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use anyhow::Context;
+use failover_api::{Copies, Kind, Node, StepRecord, StepStatus};
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout};
 
@@ -13,11 +14,11 @@ use super::Engine;
 use crate::decide;
 use crate::hands::Hands;
 use crate::history::Entry;
-use crate::operation::{self, Failure, Kind, Operation, Request, StepRecord, StepStatus};
+use crate::operation::{self, Failure, Operation, Request};
 use crate::orchestrator::checks::{self, Question};
 use crate::orchestrator::trace;
-use crate::protocol::{Node, Postmaster};
-use crate::state::{Copies, State};
+use crate::protocol::Postmaster;
+use crate::state::State;
 
 /// Who asks for a failover that nobody asked for.
 pub(super) const AUTOMATIC: &str = "automatic";
@@ -132,7 +133,7 @@ impl Engine {
                 },
                 Err(error) => (StepStatus::Failed, format!("{error:#}")),
             };
-            Some(StepRecord::new(0, "redis", started, status, detail))
+            Some(StepRecord::new(0, "redis", started.elapsed(), status, detail))
         };
         tokio::pin!(redis);
         tokio::pin!(run);

@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use failover_api::{Kind, Node, StepRecord, StepStatus};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{Asked, Engine, new_id};
 use crate::hands::Hands;
 use crate::history::Entry;
-use crate::operation::{Kind, Operation, Request, Step, StepRecord, StepStatus};
+use crate::operation::{Operation, Request, Step};
 use crate::orchestrator::adopt::{self, AdoptQuestion};
 use crate::orchestrator::checks::Denied;
-use crate::protocol::Node;
 use crate::state::State;
 
 impl Engine {
@@ -38,7 +38,7 @@ impl Engine {
         });
         let mut operation = self.record(&next, Kind::Adopted, &question.region, &question.reason, id, actor);
         let detail = serde_json::to_string(&verdict.facts).unwrap_or_default();
-        operation.steps.push(StepRecord::new(1, "adopt", started, StepStatus::Done, detail));
+        operation.steps.push(StepRecord::new(1, "adopt", started.elapsed(), StepStatus::Done, detail));
         next.adopt(adoption);
         operation.epoch = next.epoch;
         operation.timeline_before = next.above;
@@ -64,7 +64,7 @@ impl Engine {
             Err(denied) => return Ok(Err(denied)),
         };
         let mut operation = self.record(state, Kind::Discarded, region, &reason, id, actor);
-        operation.steps.push(StepRecord::new(1, "discard", started, StepStatus::Done, kept));
+        operation.steps.push(StepRecord::new(1, "discard", started.elapsed(), StepStatus::Done, kept));
         state.discard(region);
         tracing::warn!(region, actor = operation.actor, "what was kept is given up");
         Ok(Ok(self.write_down(state, operation, started)?))

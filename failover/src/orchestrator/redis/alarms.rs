@@ -4,9 +4,10 @@
 
 use std::time::Duration;
 
+use failover_api::Node;
+
 use super::sight::{Role, Sight, is_majority};
 use crate::orchestrator::report::address;
-use crate::protocol::Node;
 
 /// How long Redis may be elsewhere than the primary: Sentinel takes a second or two, and a person need not know of it.
 const ELSEWHERE: Duration = Duration::from_secs(5);

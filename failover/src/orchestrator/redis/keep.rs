@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use failover_api::{Mode, Node, RedisReport};
 use prometheus::IntGauge;
 use service::backoff::Backoff;
 use tokio::sync::watch as channel;
@@ -17,9 +18,7 @@ use super::alarms::{Facts, alarms};
 use super::sight::Sight;
 use super::{Moved, Redis};
 use crate::orchestrator::remote::Remote;
-use crate::orchestrator::report::RedisReport;
-use crate::protocol::Node;
-use crate::state::{Mode, State};
+use crate::state::State;
 
 /// Between two looks; also how long a failover's own step has to begin before a difference is acted on.
 const WATCH: Duration = Duration::from_secs(1);

@@ -5,8 +5,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::orchestrator::report::{RedisReport, address};
-use crate::protocol::{Node, Upstream};
+use failover_api::{Node, RedisReport};
+
+use crate::orchestrator::report::address;
+use crate::protocol::Upstream;
 
 /// What an instance is, by its own `ROLE`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use failover_api::Node;
 use rand::RngExt;
 
 use super::World;
 use crate::agent::conf::GUARD;
-use crate::protocol::{Code, Node};
+use crate::protocol::Code;
 
 impl World {
     fn pick(&mut self) -> Node {

@@ -3,8 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use failover::operation::StepStatus;
-use failover::orchestrator::report::Report;
+use failover_api::{Report, StepStatus};
 
 use super::{FailoverBenchArgs, Scenario};
 use crate::cli::say;
@@ -129,7 +128,7 @@ async fn round(stage: &mut Stage, scenario: Scenario) -> anyhow::Result<Round> {
         Scenario::NodeFreeze => stage.regions()?.agent(&from)?.pause(),
         Scenario::Floor | Scenario::RedisKill => {}
     }
-    let failed_over = |status: &failover::orchestrator::report::Status| {
+    let failed_over = |status: &failover_api::Status| {
         status.current_region == to && !status.failover_under_way && status.last_failover.is_some()
     };
     let status = stage.regions()?.until("failed over", LIMIT, failed_over).await?;

@@ -4,7 +4,7 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use failover::orchestrator::report::Status;
+use failover_api::Status;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use playground::cluster::{Cluster, Options};

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use failover::orchestrator::report::Role;
+use failover_api::Role;
 use playground::regions::Plan;
 
 use super::COMPOSE;

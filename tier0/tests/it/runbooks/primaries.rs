@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use failover::orchestrator::report::Role;
+use failover_api::Role;
 use playground::link::After;
 use playground::postgres::Role as Account;
 use playground::regions::Plan;
