@@ -28,6 +28,7 @@ test: install install-test check build
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	.ci/architecture.sh --self-test
 	.ci/architecture.sh
 	.ci/prometheus.sh
 	.ci/licences.py

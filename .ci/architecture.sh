@@ -1,5 +1,5 @@
 #!/bin/sh
-# The architecture's invariants, stated as absences: which crate must not know which. ARCHITECTURE.md says why.
+# What each room must not know of, by the table in ARCHITECTURE.md; each line is one row. --self-test: that each kind of rule can fail.
 set -eu
 cd "$(dirname "$0")/.."
 bad=0
@@ -20,39 +20,95 @@ not_direct() {
     refuse "names" "$@"
 }
 
+# not_in_tests CRATE NAME..: its tests are built without these too.
+not_in_tests() {
+    crate=$1
+    shift
+    tree=$(cargo tree --locked --quiet --package "$crate" --edges normal,dev --prefix none)
+    refuse "or a test of it depends on" "$@"
+}
+
 refuse() {
     how=$1
     shift
     for name in "$@"; do
         if printf '%s\n' "$tree" | tail -n +2 | grep -q "^$name v"; then
-            echo "architecture: $crate $how $name" >&2
-            bad=1
+            fail "$crate $how $name"
         fi
     done
 }
 
-# wire: shapes only, no I/O.
-not_below wire tokio mio rumqttc lapin tokio-postgres axum service ingest consumers simulators playground tier0
-# amqp: a connection and its queues; no message, no table.
-not_below amqp tokio-postgres ingest consumers simulators playground tier0
-# service: what every process has; no domain.
-not_below service wire amqp ingest consumers simulators playground tier0 rumqttc lapin tokio-postgres
+# at_most CRATE NUMBER: distinct crates that it and its tests are built with.
+at_most() {
+    count=$(cargo tree --locked --quiet --package "$1" --edges normal,dev --prefix none | cut -d' ' -f1,2 | sort -u | wc -l)
+    [ "$count" -le "$2" ] || fail "$1 and its tests are built with $count crates, more than $2"
+}
+
+# pure FILE..: neither clock nor disk nor network, outside of its tests.
+pure() {
+    for file in "$@"; do
+        if sed '/^mod tests {/,$d' "$file" | grep -nE '\btokio\b|::now\(|std::(fs|net|thread)|SystemTime' | grep -v '^[0-9]*: *//' >&2; then
+            fail "$file is to decide, not to look"
+        fi
+    done
+}
+
+fail() {
+    echo "architecture: $*" >&2
+    bad=1
+}
+
+if [ "${1:-}" = --self-test ]; then
+    # Each kind of rule, on something that is so: it has to find it.
+    tried() {
+        bad=0
+        "$@" 2>/dev/null
+        [ "$bad" -eq 1 ] || { echo "architecture: '$*' found nothing, and should have" >&2; exit 1; }
+    }
+    tried not_below consumers ingest
+    tried not_direct consumers ingest
+    tried not_in_tests ingest playground
+    tried at_most wire 1
+    tried pure failover/src/operation.rs
+    .ci/circles.py --self-test
+    echo "architecture: each kind of rule can fail"
+    exit 0
+fi
+
+products="ingest consumers simulators failover tier0"
+brokers="rumqttc lapin"
+# shellcheck disable=SC2086 # lists of names
+{
+# crates/: one concern each.
+not_below wire tokio mio $brokers tokio-postgres axum service amqp playground $products
+not_below service wire amqp failover-api $brokers tokio-postgres playground $products
+not_below amqp rumqttc tokio-postgres playground $products
+not_below failover-api tokio $brokers tokio-postgres axum service wire amqp playground $products
 # ingest: a message in, a committed row out; knows no broker, no simulator.
-not_below ingest amqp rumqttc lapin consumers simulators playground tier0
+not_below ingest amqp $brokers consumers simulators failover playground tier0
 not_direct ingest axum clap
+not_in_tests ingest consumers simulators failover tier0
+at_most ingest 250
 # consumers: a broker's delivery and its acknowledgement; no SQL of their own.
 not_direct consumers tokio-postgres deadpool-postgres refinery
-not_below consumers simulators playground tier0
+not_below consumers simulators failover playground tier0
+not_in_tests consumers simulators failover tier0
 # simulators: publish and remember; never see the database.
-not_below simulators tokio-postgres deadpool-postgres ingest consumers playground tier0
-# failover: regions and servers; knows no telemetry (of wire it takes the settings of a Postgres session), and production code
-# never the playground.
-not_below failover rumqttc lapin ingest consumers simulators playground tier0
+not_below simulators tokio-postgres deadpool-postgres ingest consumers failover playground tier0
+not_in_tests simulators ingest consumers failover tier0
+# failover: regions and servers; of wire it takes the settings of a Postgres session.
+not_below failover $brokers ingest consumers simulators playground tier0
+# playground: servers; no product below it, so that no crate's tests are built with another product.
+not_below playground $products
+}
+# What decides takes the time as an argument.
+pure failover/src/decide.rs failover/src/view.rs failover/src/state.rs failover/src/journal.rs failover/src/upkeep.rs failover/src/explain.rs
+
+.ci/circles.py || bad=1
 
 # A merge that was not finished.
 if git grep -nE '^(<<<<<<<|>>>>>>>) ' -- . >&2; then
-    echo "architecture: conflict markers" >&2
-    bad=1
+    fail "conflict markers"
 fi
 
 [ "$bad" -eq 0 ] && echo "architecture: all invariants hold"

@@ -17,7 +17,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
-use crate::operation::{Failure, Operation};
+use crate::journal::{Failure, Operation};
 
 /// What the first entry carries in place of a predecessor's hash.
 const START: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -223,7 +223,7 @@ mod tests {
     use failover_api::Kind;
 
     use super::*;
-    use crate::operation::Request;
+    use crate::journal::Request;
     use crate::state::State;
 
     fn operation(id: &str) -> Operation {
@@ -244,7 +244,7 @@ mod tests {
             bytes_at_risk: Some(0),
             two_copies: false,
         };
-        Operation::new(request, &state)
+        state.opened(request)
     }
 
     fn filled(dir: &Path) -> History {

@@ -12,6 +12,7 @@ pub mod decide;
 pub mod explain;
 pub mod hands;
 pub mod history;
+pub mod journal;
 pub mod operation;
 pub mod orchestrator;
 pub mod priority;

@@ -26,7 +26,8 @@ use tokio::time::Instant;
 
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
-use crate::operation::{self, Operation, Request};
+use crate::journal::{Operation, Request};
+use crate::operation;
 use crate::orchestrator::checks::{self, Question};
 use crate::protocol::{Command, NodeStatus, Order, Rejoin};
 use crate::state::State;
@@ -267,7 +268,7 @@ impl Run {
         };
         let (operation, failure) =
             operation::begin(&self.hands, &mut self.state, request, Instant::now()).await?;
-        let fenced = failure.is_none() || operation.completed >= operation::Step::Fence;
+        let fenced = failure.is_none() || operation.completed >= crate::journal::Step::Fence;
         self.failed_fences = if fenced { 0 } else { self.failed_fences + 1 };
         self.close(&operation, failure.is_none())
     }
@@ -294,7 +295,7 @@ impl Run {
             }
             _ => {}
         }
-        if upkeep::before(&mut self.state, &action) {
+        if upkeep::before(&mut self.state, &action, Timestamp::UNIX_EPOCH) {
             self.hands.save(&self.state)?;
         }
         let Some((node, order, limit)) = upkeep::order(&self.state, &action, &self.rules) else {

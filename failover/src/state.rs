@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::operation::Operation;
+use crate::journal::{Operation, Request};
 
 pub const FORMAT: u32 = 1;
 
@@ -94,6 +94,12 @@ pub struct State {
 const ANSWERS: usize = 256;
 
 impl State {
+    /// What the journal holds of a change of the primary that begins now.
+    #[must_use]
+    pub fn opened(&self, request: Request) -> Operation {
+        Operation::new(request, self.epoch, self.primary.clone(), self.sync_set.clone())
+    }
+
     /// First start: nothing is known to be in sync.
     #[must_use]
     pub fn first(primary: Node, system_id: String, wait_for: BTreeSet<Node>) -> Self {
@@ -163,19 +169,20 @@ impl State {
     }
 
     /// The data of `node` may be all that is left of something. The epoch grows, so that state of before is known to be old.
-    pub fn keep(&mut self, node: &str, reason: String) {
+    pub fn keep(&mut self, node: &str, reason: String, at: Timestamp) {
         self.epoch += 1;
-        self.kept.entry(node.to_owned()).or_insert_with(|| Kept { since: Timestamp::now(), reason });
+        self.kept.entry(node.to_owned()).or_insert_with(|| Kept { since: at, reason });
     }
 
-    /// A person gives up what only `node` may have.
+    /// A person gives up what only `node` may have. The epoch grows as in [`State::keep`].
     pub fn discard(&mut self, node: &str) {
+        self.epoch += 1;
         self.kept.remove(node);
         self.discarded.insert(node.to_owned());
     }
 
     /// A person has said that `node` is the primary.
-    pub fn adopt(&mut self, adoption: Adoption) {
+    pub fn adopt(&mut self, adoption: Adoption, at: Timestamp) {
         self.epoch = self.epoch.max(adoption.epoch) + 1;
         self.system_id = adoption.system_id;
         self.operation = None;
@@ -184,7 +191,7 @@ impl State {
         self.displaced.remove(&self.id);
         self.hand_over(&adoption.primary, adoption.wait_for, adoption.above);
         for (node, reason) in adoption.kept {
-            self.keep(&node, reason);
+            self.keep(&node, reason, at);
         }
     }
 

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use failover_api::Node;
+use jiff::Timestamp;
 
 use crate::decide::{Action, Rules};
 use crate::protocol::{NodeStatus, Order, Rejoin, Stop};
@@ -21,14 +22,14 @@ const CLONE: Duration = Duration::from_secs(4 * 3600);
 
 /// Changes that come before the order. True when the state has to be saved.
 #[must_use]
-pub fn before(state: &mut State, action: &Action) -> bool {
+pub fn before(state: &mut State, action: &Action, at: Timestamp) -> bool {
     match action {
         Action::Shrink { node } => state.shrink(node),
         Action::Widen { node } => state.widen(node),
         Action::Distrust { node } => state.distrust(node),
         Action::Outrank { stray, above } => state.outrank(stray, *above),
         Action::Note { above } => state.above = *above,
-        Action::Keep { node, reason } => state.keep(node, reason.clone()),
+        Action::Keep { node, reason } => state.keep(node, reason.clone(), at),
         _ => return false,
     }
     true

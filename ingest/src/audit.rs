@@ -6,6 +6,7 @@
 //!
 //! Nothing here can hold up a writer: what does not fit is not checked, and counted.
 
+pub mod key;
 mod node;
 
 use std::collections::VecDeque;
@@ -16,15 +17,14 @@ use deadpool_postgres::Client;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{Batch, in_time};
+use crate::batch::Batch;
+use crate::batch::committed::in_time;
 use crate::clock::Clock;
 use crate::database::Database;
 use crate::failure::WriteError;
 use crate::metrics::AuditMetrics;
+use key::{Chosen, Key};
 use node::Standbys;
-
-/// Keys remembered of one batch. One would find a batch that vanished as a whole; several also find one that vanished in part.
-pub const KEYS_PER_BATCH: usize = 3;
 
 /// From a commit to the look: longer than a cancelled or aborted transaction could stay unseen, short enough that evidence
 /// is still in the logs.
@@ -36,40 +36,6 @@ const KEYS_AT_ONCE: usize = 500;
 const MAX_KEYS: usize = 10_000;
 /// A standby that has not replayed a commit within this is not asked for it: that it lags is another alarm.
 const STANDBY_PATIENCE: Duration = Duration::from_secs(60);
-
-/// What is read again: the key of a committed reading, or of a session and the time of an event of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Key {
-    pub id: Box<str>,
-    /// Microseconds since 1970.
-    pub at_us: i64,
-}
-
-/// Keys chosen of a batch.
-#[derive(Debug, Default)]
-pub struct Chosen {
-    pub keys: Vec<Key>,
-    /// So many are missing, since none of the rows they might be of is in the table.
-    pub skipped: usize,
-}
-
-/// Chooses by `random` one row of each of [`KEYS_PER_BATCH`] parts of a batch of so many rows. `key` is `None` for a row that is not
-/// in the table; the next one of its part takes its place.
-pub(crate) fn choose(rows: usize, random: u64, key: impl Fn(usize) -> Option<Key>) -> Chosen {
-    let part = rows.div_ceil(KEYS_PER_BATCH).max(1);
-    let mut chosen = Chosen::default();
-    for number in 0..KEYS_PER_BATCH {
-        let (from, to) = (number * part, rows.min((number + 1) * part));
-        let offset = usize::try_from((random >> (16 * number)) % 65_536).unwrap_or_default() % part;
-        let first = (from + offset).min(to);
-        match (first..to).chain(from..first).find_map(&key) {
-            Some(key) => chosen.keys.push(key),
-            None if from < to => chosen.skipped += 1,
-            None => {}
-        }
-    }
-    chosen
-}
 
 /// A key and when its commit was answered.
 #[derive(Debug, Clone)]

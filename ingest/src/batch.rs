@@ -3,31 +3,21 @@
 //! A [`Batch`] is filled from messages, committed as a whole and settled. The writer, its retries, metrics and shutdown
 //! are the same for every kind; what a message holds and which table it ends in is the kind's own business.
 
+pub mod committed;
+
 use std::future::Future;
 use std::time::Duration;
 
 use deadpool_postgres::Client;
-use tokio::time::timeout;
 
-use crate::audit::{Chosen, Key};
+use crate::audit::key::{Chosen, Key};
 use crate::deliveries::Deliveries;
 use crate::delivery::Delivery;
 use crate::failure::WriteError;
 use crate::reading::Rules;
 use crate::settings::IngestSettings;
 use crate::tolerated::Tally;
-
-/// What a commit did. `copied` until the server had all rows, `committed` from there to the answer to COMMIT.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Committed {
-    pub rows: usize,
-    /// Stored already, or outdone by something newer.
-    pub duplicates: usize,
-    /// Joined into a row that was stored already.
-    pub joined: usize,
-    pub copied: Duration,
-    pub committed: Duration,
-}
+use committed::Committed;
 
 /// Which way a batch goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,16 +141,4 @@ pub trait Batch: Send + Sync + 'static {
 
     /// Empties the batch; its memory is kept for the next one.
     fn clear(&mut self);
-}
-
-/// Without an answer in time the connection is to be dropped, not the commit cancelled: a cancelled wait for the standby
-/// would be reported as a success.
-pub(crate) async fn in_time<T>(
-    patience: Duration,
-    step: impl Future<Output = Result<T, WriteError>>,
-) -> Result<T, WriteError> {
-    match timeout(patience, step).await {
-        Ok(outcome) => outcome,
-        Err(_) => Err(WriteError::Retry(format!("no answer from Postgres within {patience:?}"))),
-    }
 }

@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
-use crate::decode::cut;
+use crate::error_text::cut;
 use crate::failure::WriteError;
 
 /// Why. The names are public: `dead_letters.reason` and the metric's label.
@@ -237,7 +237,7 @@ mod tests {
         let error = "ü".repeat(10_000);
         let letter = DeadLetter::new(0, "mqtt", &topic, Reason::TooLarge, &error, payload.clone(), 1_000);
         assert_eq!((letter.topic.len(), letter.payload.len()), (MAX_TOPIC_BYTES, 1_000));
-        assert!(letter.error.len() <= crate::decode::MAX_ERROR_BYTES && letter.error.ends_with('…'));
+        assert!(letter.error.len() <= crate::error_text::MAX_ERROR_BYTES && letter.error.ends_with('…'));
         let original = letter.original.unwrap();
         assert_eq!(original.bytes, 3_000);
         assert_eq!(original.sha256, Sha256::digest(&payload).to_vec());

@@ -20,6 +20,7 @@ use jiff::tz::TimeZone;
 use serde_json::value::RawValue;
 
 use crate::dead_letter::Reason;
+use crate::error_text::cut;
 use crate::settings::{IngestSettings, LenientSettings, SameIdentity, TimestampSettings};
 use crate::tolerated::{Tolerances, Tolerated};
 pub(crate) use jsonb::Hints;
@@ -30,26 +31,14 @@ pub use unpack::unpack;
 /// a larger limit Postgres would refuse what was accepted here.
 pub const MAX_TEXT_BYTES: usize = 256;
 
-/// Longest error text, in bytes. Every dead letter has one.
-pub const MAX_ERROR_BYTES: usize = 500;
-
 /// Bytes of a value that an error text shows.
 const MAX_SHOWN_BYTES: usize = 80;
-
-/// An error text of bounded length.
-pub(crate) fn cut(mut error: String) -> String {
-    if error.len() > MAX_ERROR_BYTES {
-        error.truncate(error.floor_char_boundary(MAX_ERROR_BYTES - "…".len()));
-        error.push('…');
-    }
-    error
-}
 
 /// Why something is not a reading.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
     pub reason: Reason,
-    /// At most [`MAX_ERROR_BYTES`].
+    /// At most [`crate::error_text::MAX_ERROR_BYTES`].
     pub error: String,
 }
 
@@ -255,6 +244,7 @@ pub(crate) fn trimmed(mut bytes: &[u8]) -> &[u8] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error_text::MAX_ERROR_BYTES;
 
     #[test]
     fn an_error_text_has_a_longest_length_and_ends_at_a_character() {

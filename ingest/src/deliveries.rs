@@ -13,7 +13,7 @@ use bytes::Bytes;
 use deadpool_postgres::Client;
 use tokio::time::Instant;
 
-use crate::batch::{Committed, in_time};
+use crate::batch::committed::{Committed, in_time};
 use crate::dead_letter::{self, DeadLetter, Reason};
 use crate::delivery::Delivery;
 use crate::failure::WriteError;

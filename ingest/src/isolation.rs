@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use deadpool_postgres::Client;
 
-use crate::batch::in_time;
+use crate::batch::committed::in_time;
 use crate::dead_letter::Reason;
 use crate::failure::WriteError;
 

@@ -17,6 +17,7 @@ pub mod dead_letter;
 mod decode;
 pub mod deliveries;
 pub mod delivery;
+pub mod error_text;
 pub mod failure;
 mod isolation;
 pub mod letter_limit;

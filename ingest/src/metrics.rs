@@ -7,7 +7,7 @@ use prometheus::core::Collector;
 use prometheus::{Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts};
 use service::metrics::Registry;
 
-use crate::audit::Key;
+use crate::audit::key::Key;
 use crate::census::Readings;
 use crate::dead_letter::Reason;
 use crate::tolerated::Tolerated;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use deadpool_postgres::Client;
 
-use crate::batch::in_time;
+use crate::batch::committed::in_time;
 use crate::dead_letter;
 use crate::failure::WriteError;
 use crate::transaction;

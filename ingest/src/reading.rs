@@ -15,7 +15,8 @@ use crate::decode::{self, Hints, number_text, optional, required, shown, text};
 use crate::tolerated::{Tolerances, Tolerated};
 use object::{Document, Fields};
 
-pub use crate::decode::{MAX_ERROR_BYTES, MAX_TEXT_BYTES, Rejection, Rules, Tolerance, unpack};
+pub use crate::decode::{MAX_TEXT_BYTES, Rejection, Rules, Tolerance, unpack};
+pub use crate::error_text::MAX_ERROR_BYTES;
 pub use slow::element_at;
 pub(crate) use slow::elements_at;
 

@@ -12,7 +12,8 @@ use service::backoff::Backoff;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::batch::{Batch as _, Path, in_time};
+use crate::batch::committed::in_time;
+use crate::batch::{Batch as _, Path};
 use crate::clock::Clock;
 use crate::database::Database;
 use crate::dead_letter::Reason;

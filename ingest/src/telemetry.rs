@@ -19,8 +19,9 @@ use futures_util::SinkExt;
 use tokio::time::Instant;
 use tokio_postgres::CopyInSink;
 
-use crate::audit::{Chosen, Key};
-use crate::batch::{self, Committed, Path, in_time};
+use crate::audit::key::{Chosen, Key};
+use crate::batch::committed::{Committed, in_time};
+use crate::batch::{self, Path};
 use crate::census::Census;
 use crate::copy;
 use crate::dead_letter::Reason;

@@ -4,8 +4,9 @@
 use service::traces::{Moment, Span};
 use tokio::time::Instant;
 
-use crate::batch::{Committed, Path};
-use crate::writer::Filled;
+use crate::batch::Path;
+use crate::batch::committed::Committed;
+use crate::writer::filled::Filled;
 
 /// Failed tries told of one by one; an outage of an hour has thousands.
 const FAILED_TRIES: usize = 8;

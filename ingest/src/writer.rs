@@ -5,6 +5,7 @@
 
 mod blame;
 mod commit;
+pub(crate) mod filled;
 mod held;
 mod split;
 
@@ -15,7 +16,8 @@ use service::traces::Tracer;
 use tokio::time::{Instant, timeout_at};
 
 use crate::audit::Audit;
-use crate::batch::{Batch, Committed};
+use crate::batch::Batch;
+use crate::batch::committed::Committed;
 use crate::clock::Clock;
 use crate::database::Database;
 use crate::letter_log::LetterLog;
@@ -26,6 +28,7 @@ use crate::reading::{Rules, Tolerance};
 use crate::settings::IngestSettings;
 use crate::settlement::{Settled, Settlements};
 use crate::trace::{Story, Tries};
+use filled::Filled;
 
 /// So many times in a row the database fails on a batch before it is asked whether it takes anything else. A failover fails
 /// fewer, and has no database to ask.
@@ -49,16 +52,6 @@ impl ClosedBy {
             Self::Drain => "drain",
         }
     }
-}
-
-/// How a batch was filled.
-#[derive(Debug)]
-pub(crate) struct Filled {
-    ticket: u64,
-    pub(crate) closed_by: ClosedBy,
-    /// When its oldest message was received, and when that was taken from the queue.
-    pub(crate) oldest: Instant,
-    pub(crate) begun: Instant,
 }
 
 /// What became of a batch.

@@ -15,6 +15,7 @@ pub mod publisher;
 pub mod report;
 pub mod run;
 pub mod settings;
+pub mod shared;
 pub mod trouble;
 pub mod watch;
 pub mod window;

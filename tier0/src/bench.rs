@@ -3,7 +3,6 @@
 //! Every row is measured with the same publisher and the same payloads, in turns, several times; the medians count.
 //! Absolute figures move with the machine, ratios between rows of one run do not. Claims nothing it did not measure.
 
-mod chart;
 mod database;
 pub mod failover;
 mod floor;
@@ -19,7 +18,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
-use crate::cli::say;
+use crate::terminal::say;
 use floor::{Floor, Load};
 use report::Samples;
 

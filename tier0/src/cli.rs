@@ -1,12 +1,10 @@
 //! The command line of `tier0`.
 
-use std::fmt::Display;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 
 use crate::bench::growth::GrowthArgs;
 use crate::bench::sessions::BenchSessionsArgs;
@@ -15,6 +13,7 @@ use crate::commands::failover::FailoverArgs;
 use crate::commands::person::{AdoptArgs, DiscardArgs};
 use crate::drill::{self, Drill};
 use crate::home::Home;
+use crate::up::args::UpArgs;
 use crate::{commands, docs, up};
 
 /// Starts, watches and checks the whole system on one machine: real servers as children of this command, with their
@@ -153,63 +152,6 @@ Examples:
     },
 }
 
-/// Options of `up`.
-#[derive(Debug, Clone, Args)]
-pub struct UpArgs {
-    /// End by itself after this time, counted from the first message [example: 60s]
-    #[arg(long = "for", value_name = "TIME", value_parser = time)]
-    pub duration: Option<Duration>,
-    /// Devices of the fleet
-    #[arg(long, value_name = "N")]
-    pub devices: Option<u32>,
-    /// Time between two readings of one device [example: 5s]
-    #[arg(long, value_name = "TIME", value_parser = time)]
-    pub interval: Option<Duration>,
-    /// Messages a second, whatever the interval; `max` is as fast as the broker takes them
-    #[arg(long, value_name = "N|max")]
-    pub rate: Option<String>,
-    /// MQTT quality of service of the devices: 0 or 1
-    #[arg(long, value_name = "0|1", value_parser = clap::value_parser!(u8).range(0..=1))]
-    pub qos: Option<u8>,
-    /// Seed of everything that looks random
-    #[arg(long, value_name = "N")]
-    pub seed: Option<u64>,
-    /// Leave a process out, and what cannot work without it (rabbitmq: rabbitmq-consumer, user-simulator); may be repeated
-    #[arg(long, value_name = "NAME")]
-    pub without: Vec<Part>,
-    /// Write the final summary as JSON
-    #[arg(long, value_name = "FILE")]
-    pub summary: Option<PathBuf>,
-    /// Delete the data of earlier runs first
-    #[arg(long)]
-    pub fresh: bool,
-    /// Plain lines instead of the full-screen view, on a terminal too
-    #[arg(long)]
-    pub no_ui: bool,
-    /// What follows goes to device-simulator [example: tier0 up -- --trouble duplicate=0.01]
-    #[arg(last = true)]
-    pub simulator_args: Vec<String>,
-}
-
-/// What can be left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Part {
-    DeviceSimulator,
-    MqttConsumer,
-    Mosquitto,
-    UserSimulator,
-    RabbitmqConsumer,
-    Rabbitmq,
-    /// Prometheus and its exporters
-    Monitoring,
-    /// The standby of region2: commits then wait for one machine only
-    Region2,
-}
-
-pub(crate) fn time(text: &str) -> Result<Duration, String> {
-    humantime_serde::re::humantime::parse_duration(text).map_err(|error| error.to_string())
-}
-
 /// Runs the command; the exit status says whether it succeeded.
 #[must_use]
 pub fn run(cli: Cli) -> ExitCode {
@@ -240,12 +182,6 @@ pub fn run(cli: Cli) -> ExitCode {
     // A thread that reads the keyboard may still be blocked; the process ends all the same.
     runtime.shutdown_background();
     outcome.unwrap_or_else(|error| fail(&error))
-}
-
-/// One line (or more) for whoever called the command.
-pub(crate) fn say(text: impl Display) {
-    // Nobody reads any more (`tier0 up | head`): no reason to stop what runs.
-    drop(writeln!(std::io::stdout(), "{text}"));
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

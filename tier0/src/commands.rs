@@ -12,8 +12,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::Command;
 
-use crate::cli::say;
 use crate::home::{Home, Lock};
+use crate::terminal::say;
 use crate::verify::stored::{Scope, read};
 use crate::verify::{Report, compare};
 use crate::{up, verify};

@@ -9,5 +9,6 @@ pub mod docs;
 pub mod drill;
 pub mod home;
 pub mod stage;
+mod terminal;
 pub mod up;
 pub mod verify;

@@ -3,6 +3,7 @@
 //! Each phase is a file: [`stack`] starts and stops, [`sample`] measures, [`screen`] and [`plain`] show, [`finish`]
 //! drains and verifies, [`summary`] says what came of it.
 
+pub mod args;
 mod finish;
 mod interrupt;
 mod leftovers;
@@ -11,6 +12,7 @@ pub mod sample;
 mod screen;
 mod sessions;
 mod stack;
+mod started;
 mod summary;
 mod watching;
 
@@ -23,8 +25,9 @@ use ingest::settings::IngestSettings;
 use serde::{Deserialize, Serialize};
 use service::settings::{self, Settings, SettingsArgs};
 
-use crate::cli::{UpArgs, say};
 use crate::home::{Home, Lock, Run, State};
+use crate::terminal::say;
+use crate::up::args::UpArgs;
 use crate::verify::stored;
 pub(crate) use finish::load_file as load_ledger;
 use interrupt::Interrupts;

@@ -82,7 +82,7 @@ impl SourceMetrics {
             )?,
         };
         // From the start: an alert on a series that appears with its first event misses that event.
-        for reason in super::returns::REASONS {
+        for reason in super::letter::REASONS {
             metrics.returned.with_label_values(&[reason]);
         }
         registry.register(Box::new(metrics.connected.clone()))?;

@@ -12,7 +12,10 @@ pub use lsn::{Lsn, NotAnLsn};
 pub use plan::{AdoptPlan, Check, Facts, Plan};
 pub use problem::{Problem, ProblemBody};
 pub use report::{HistoryReport, Kind, Report, StepError, StepRecord, StepStatus, Verification};
-pub use status::{Copies, Mode, Node, NodeReport, RedisReport, Role, Status, SyncState};
+pub use status::{Copies, Mode, NodeReport, RedisReport, Role, Status, SyncState};
+
+/// Name of a node, which is the name of its region, its replication slot and its `application_name`.
+pub type Node = String;
 
 /// The word that stands for a value of one word in JSON, for texts and metrics.
 #[must_use]

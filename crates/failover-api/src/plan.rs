@@ -3,10 +3,11 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::Node;
 use crate::lsn::Lsn;
 use crate::problem::ProblemBody;
 use crate::report::Kind;
-use crate::status::{Node, Role};
+use crate::status::Role;
 
 /// What would happen.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]

@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::Node;
 use crate::lsn::Lsn;
-use crate::status::Node;
 
 /// Answer of `POST /failover/{region}` and an entry of `GET /history`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -74,13 +74,20 @@ pub struct StepRecord {
 }
 
 impl StepRecord {
-    /// Of a step that has just ended and took so long.
+    /// Of a step that ended then and took so long.
     #[must_use]
-    pub fn new(number: u32, action: &str, took: Duration, status: StepStatus, detail: String) -> Self {
+    pub fn new(
+        number: u32,
+        action: &str,
+        ended: Timestamp,
+        took: Duration,
+        status: StepStatus,
+        detail: String,
+    ) -> Self {
         Self {
             number,
             action: action.into(),
-            started_at: Timestamp::now().checked_sub(took).ok(),
+            started_at: ended.checked_sub(took).ok(),
             duration_ms: took.as_secs_f64() * 1000.0,
             status,
             detail,

@@ -6,11 +6,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::Node;
 use crate::lsn::Lsn;
 use crate::report::Report;
-
-/// Name of a node, which is the name of its region, its replication slot and its `application_name`.
-pub type Node = String;
 
 /// `GET /status`.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]

@@ -10,6 +10,7 @@ use failover::explain::explained;
 use failover::history::History;
 use failover::orchestrator::api::{self, Api, Bucket};
 use failover::orchestrator::engine::Engine;
+use failover::orchestrator::follow;
 use failover::orchestrator::metrics::Metrics;
 use failover::orchestrator::probe::Probe;
 use failover::orchestrator::redis::keep::Keeper;
@@ -102,7 +103,7 @@ async fn run(mut settings: OrchestratorSettings) -> anyhow::Result<()> {
             probing.await;
             Ok(())
         });
-        let watching = watch::agent(node.clone(), remote.clone(), own.heartbeat, shutdown.clone());
+        let watching = follow::agent(node.clone(), remote.clone(), own.heartbeat, shutdown.clone());
         process.start(format!("watch-{node}"), async {
             watching.await;
             Ok(())

@@ -16,7 +16,8 @@ use super::seen::{NOW, index, name, view};
 use super::world::{Cure, Durable, Late, Link, NOT_IN_SYNC, OLD_STATE, World, bits};
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
-use crate::operation::{self, Request, Step};
+use crate::journal::{Request, Step};
+use crate::operation;
 use crate::orchestrator::checks;
 use crate::protocol::{NodeStatus, Order, Rejoin};
 use crate::state::State;
@@ -282,7 +283,7 @@ async fn act(
         }
         _ => {}
     }
-    if upkeep::before(state, action) {
+    if upkeep::before(state, action, Timestamp::UNIX_EPOCH) {
         table.save(state)?;
     }
     let Some((node, order, limit)) = upkeep::order(state, action, rules) else { return Ok(()) };

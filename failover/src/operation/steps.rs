@@ -9,11 +9,12 @@ use failover_api::{Kind, Lsn, Node, StepStatus};
 use futures_util::StreamExt;
 use futures_util::future::{Either, join_all, select};
 use futures_util::stream::FuturesUnordered;
+use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
-use super::{Operation, Step};
 use crate::decide::holds;
 use crate::hands::{Hands, OrderError};
+use crate::journal::{Operation, Step};
 use crate::protocol::{NodeStatus, Order, Rejoin, Stop, Upstream, millis};
 use crate::state::State;
 
@@ -362,7 +363,7 @@ pub(super) async fn undo<H: Hands>(
     let planned = operation.kind == Kind::Planned || operation.completed == Step::Prepare;
     if !planned || operation.completed < Step::Prepare && operation.steps.len() < 2 {
         let detail = "nothing was changed that the upkeep does not put back".to_owned();
-        operation.record("undo", started, StepStatus::RolledBack, detail.clone());
+        operation.record("undo", Timestamp::now(), started.elapsed(), StepStatus::RolledBack, detail.clone());
         return Ok(detail);
     }
     let lead = Order::Lead {
@@ -384,7 +385,7 @@ pub(super) async fn undo<H: Hands>(
             }
         }
     }
-    operation.record("undo", started, StepStatus::RolledBack, details.join("; "));
+    operation.record("undo", Timestamp::now(), started.elapsed(), StepStatus::RolledBack, details.join("; "));
     Ok(details.join("; "))
 }
 

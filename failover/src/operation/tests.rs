@@ -3,9 +3,14 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use failover_api::{Lsn, Node};
+
 use super::*;
 use crate::decide::tests::{sample, seen};
 use crate::hands::OrderError;
+use crate::protocol::Upstream;
 use crate::protocol::{NodeStatus, Order, Postmaster};
 
 /// Answers of a healthy node to everything, each node after its own time; orders end with their limit.

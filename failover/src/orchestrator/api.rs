@@ -1,5 +1,6 @@
 //! The HTTP that people and scripts use; see the contract. Whatever changes something needs the token.
 
+pub mod openapi;
 mod person;
 mod plan;
 
@@ -372,5 +373,5 @@ pub async fn mode(State(api): State<Arc<Api>>, Json(body): Json<ModeBody>) -> Re
 }
 
 async fn openapi() -> Response {
-    Json(crate::orchestrator::openapi::document()).into_response()
+    Json(openapi::document()).into_response()
 }

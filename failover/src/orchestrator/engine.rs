@@ -22,7 +22,8 @@ use tokio_util::sync::CancellationToken;
 use crate::decide::{Action, Rules, decide};
 use crate::hands::{Hands, OrderError};
 use crate::history::{Entry, History};
-use crate::operation::{self, Step};
+use crate::journal::Step;
+use crate::operation;
 use crate::orchestrator::adopt::AdoptQuestion;
 use crate::orchestrator::checks::{self, Denied, Question};
 use crate::orchestrator::metrics::Metrics;
@@ -287,7 +288,7 @@ impl Engine {
 
     /// Starts an order of the upkeep.
     fn send(&self, state: &mut State, action: Action, orders: &mut JoinSet<Done>) -> anyhow::Result<()> {
-        if upkeep::before(state, &action) {
+        if upkeep::before(state, &action, Timestamp::now()) {
             self.remote.save(state)?;
         }
         let Some((node, order, limit)) = upkeep::order(state, &action, &self.rules) else {
@@ -469,5 +470,5 @@ pub fn new_id() -> String {
 /// Steps a person would see in a plan.
 #[must_use]
 pub fn planned_steps(kind: Kind, waits: bool) -> Vec<String> {
-    operation::plan(kind, waits).into_iter().map(Step::name).map(str::to_owned).collect()
+    crate::journal::plan(kind, waits).into_iter().map(Step::name).map(str::to_owned).collect()
 }

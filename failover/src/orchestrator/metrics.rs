@@ -223,7 +223,7 @@ mod tests {
 
     use super::*;
     use crate::history::History;
-    use crate::operation::{Operation, Request};
+    use crate::journal::Request;
 
     #[test]
     fn the_last_failover_is_shown_from_the_history_and_counters_begin_at_zero() {
@@ -244,7 +244,7 @@ mod tests {
             bytes_at_risk: Some(0),
             two_copies: false,
         };
-        let mut operation = Operation::new(request, &state);
+        let mut operation = state.opened(request);
         operation.write_gap_ms = Some(250.0);
         operation.steps.push(failover_api::StepRecord {
             number: 1,

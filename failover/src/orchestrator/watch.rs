@@ -4,16 +4,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::hands::OrderError;
-use crate::orchestrator::remote::Remote;
 use crate::protocol::NodeStatus;
 use crate::view::{Seen, View};
 
 /// Between two tries to reach an agent that does not answer.
-const RETRY: Duration = Duration::from_millis(50);
+pub(super) const RETRY: Duration = Duration::from_millis(50);
 
 /// The view everybody adds to and the engine decides by.
 #[derive(Debug)]
@@ -118,35 +117,5 @@ impl Watched {
 pub async fn clock(watched: Arc<Watched>, shutdown: CancellationToken) {
     while tokio::time::timeout(RETRY, shutdown.cancelled()).await.is_err() {
         watched.now();
-    }
-}
-
-/// Follows one agent's status until the token is cancelled.
-pub async fn agent(node: String, remote: Arc<Remote>, heartbeat: Duration, shutdown: CancellationToken) {
-    let mut after = 0;
-    let mut failing = false;
-    loop {
-        let answer = tokio::select! {
-            () = shutdown.cancelled() => return,
-            answer = remote.status(&node, after, heartbeat) => answer,
-        };
-        match answer {
-            Ok(status) => {
-                if std::mem::take(&mut failing) || after == 0 {
-                    tracing::info!(node, postmaster = ?status.postmaster, "agent answers");
-                }
-                after = status.seq;
-            }
-            Err(error) => {
-                // The first failure may be a connection that was closed meanwhile: ask again at once.
-                if failing {
-                    sleep(RETRY).await;
-                } else {
-                    tracing::warn!(node, %error, "agent does not answer");
-                }
-                failing = true;
-                after = 0;
-            }
-        }
     }
 }

@@ -85,7 +85,7 @@ impl Run {
             }
         });
         self.world(|world| world.events.push(format!("{adoption:?}")));
-        self.state.adopt(adoption);
+        self.state.adopt(adoption, jiff::Timestamp::UNIX_EPOCH);
         self.hands.save(&self.state).unwrap();
         self.cures.clear();
     }

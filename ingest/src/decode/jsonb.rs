@@ -3,11 +3,8 @@
 
 use std::borrow::Cow;
 
+use super::numbers::MAX_DEPTH;
 use super::{escapes, numbers};
-
-/// Deepest nesting that is stored. Postgres' parser needs its stack for each level; this is a fraction of what it has by
-/// default (2 MB, some 6,000 levels).
-pub(super) const MAX_DEPTH: usize = 1024;
 
 /// What a text may hold of which jsonb refuses some. On the way of every message, so it is found in one look at the whole of
 /// it, sixteen bytes at a time.

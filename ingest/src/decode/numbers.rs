@@ -2,8 +2,11 @@
 //!
 //! jsonb holds numbers exactly: `1e7600` comes back as 7,601 digits. What a double can hold grows to 326 characters at most.
 
-use super::jsonb::MAX_DEPTH;
 use super::shown;
+
+/// Deepest nesting that is stored. Postgres' parser needs its stack for each level; this is a fraction of what it has by
+/// default (2 MB, some 6,000 levels).
+pub(super) const MAX_DEPTH: usize = 1024;
 
 /// Significant digits of a number; a double needs 17 to be exact.
 const MAX_DIGITS: usize = 40;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::batch::in_time;
+use crate::batch::committed::in_time;
 use crate::database::Database;
 use crate::failure::WriteError;
 use crate::schema::{self, Purpose};

@@ -13,8 +13,9 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{Session, decode, probe};
-use crate::audit::{Chosen, Key, choose};
-use crate::batch::{self, Committed, Path, in_time};
+use crate::audit::key::{Chosen, Key, choose};
+use crate::batch::committed::{Committed, in_time};
+use crate::batch::{self, Path};
 use crate::deliveries::{Deliveries, Outcome, RefusedPart, RefusedParts};
 use crate::delivery::Delivery;
 use crate::failure::WriteError;

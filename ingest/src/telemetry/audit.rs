@@ -1,7 +1,7 @@
 //! Which keys of committed readings are read again, and how.
 
 use super::Batch;
-use crate::audit::{Chosen, Key, choose};
+use crate::audit::key::{Chosen, Key, choose};
 use crate::failure::WriteError;
 use crate::telemetry::merge::time_literal;
 

@@ -5,7 +5,7 @@ use deadpool_postgres::Client;
 use futures_util::SinkExt;
 
 use super::COLUMNS;
-use crate::audit::Key;
+use crate::audit::key::Key;
 use crate::copy;
 use crate::failure::WriteError;
 use crate::reading::Reading;

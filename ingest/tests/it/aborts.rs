@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use ingest::batch::{Batch as _, Committed, Path};
+use ingest::batch::committed::Committed;
+use ingest::batch::{Batch as _, Path};
 use ingest::failure::WriteError;
 use ingest::session;
 use ingest::settings::IngestSettings;

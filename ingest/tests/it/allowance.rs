@@ -2,7 +2,8 @@
 //! rubbish does not take the place of readings.
 
 use bytesize::ByteSize;
-use ingest::batch::{Batch as _, Committed};
+use ingest::batch::Batch as _;
+use ingest::batch::committed::Committed;
 use ingest::deliveries::LETTERS_PER_MESSAGE;
 use ingest::failure::WriteError;
 use ingest::settings::IngestSettings;

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use ingest::batch::{Batch as _, Committed, Path};
+use ingest::batch::committed::Committed;
+use ingest::batch::{Batch as _, Path};
 use ingest::database::Database;
 use ingest::delivery::{Ack, Delivery};
 use ingest::failure::WriteError;

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use ingest::batch::{Batch as _, Committed};
+use ingest::batch::Batch as _;
+use ingest::batch::committed::Committed;
 use ingest::dead_letter::Reason;
 use playground::cluster::Options;
 

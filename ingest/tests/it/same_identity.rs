@@ -1,6 +1,7 @@
 //! Two readings of one device with one timestamp: equal is a duplicate, different is never dropped in silence.
 
-use ingest::batch::{Batch as _, Committed};
+use ingest::batch::Batch as _;
+use ingest::batch::committed::Committed;
 use ingest::settings::SameIdentity;
 use ingest::telemetry::Batch;
 use playground::cluster::Options;

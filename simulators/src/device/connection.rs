@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::protocol;
 use super::publisher::Publisher;
-use super::run::Shared;
+use super::shared::Shared;
 use crate::seeds::{join, unit};
 
 /// At full speed a tick is at most this long: acknowledgements are what makes room for more.

@@ -5,7 +5,6 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use service::http::HttpSettings;
@@ -262,9 +261,6 @@ impl<'de> Deserialize<'de> for Rate {
         deserializer.deserialize_any(Visitor)
     }
 }
-
-/// A size that defaults well above what consumers are set to take.
-pub(super) const OVERSIZE: ByteSize = ByteSize::mib(1);
 
 #[cfg(test)]
 mod tests {

@@ -9,8 +9,10 @@ use bytesize::ByteSize;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::settings::OVERSIZE;
 use crate::seeds::{join, mix};
+
+/// A size that defaults well above what consumers are set to take.
+pub(super) const OVERSIZE: ByteSize = ByteSize::mib(1);
 
 /// Bad messages on purpose. Rates are fractions of all messages, 0 to 1, together at most 1.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

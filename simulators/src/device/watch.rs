@@ -9,7 +9,7 @@ use std::time::Duration;
 use service::health::Dependency;
 use tokio_util::sync::CancellationToken;
 
-use super::run::{Publishers, Shared};
+use super::shared::{Publishers, Shared};
 
 const EVERY: Duration = Duration::from_secs(1);
 /// The same thing is said again after this many looks.

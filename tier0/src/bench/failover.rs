@@ -11,7 +11,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use crate::cli::say;
+use crate::terminal::say;
 use scenario::Round;
 
 /// Options.

@@ -4,6 +4,8 @@
 //! they are taken, then at a live rate, whose latency counts; and the look-ups of people on call are timed. Every
 //! burst's ledger is held against both nodes. Nothing is pre-loaded: each row came through the broker.
 
+mod chart;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -11,9 +13,8 @@ use anyhow::{Context, bail};
 use serde::Serialize;
 use wire::ledger::Ledger;
 
-use super::chart;
 use super::floor::{Floor, Load, PATIENCE, rate};
-use crate::cli::say;
+use crate::terminal::say;
 use crate::verify::stored::{self, Scope, next_transaction};
 use crate::verify::{Report, compare};
 use playground::metrics::{Histogram, Metrics};

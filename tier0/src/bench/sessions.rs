@@ -18,7 +18,7 @@ use lapin::{Channel, Connection, Consumer};
 use tokio::task::JoinSet;
 
 use super::floor::{PATIENCE, rate};
-use crate::cli::say;
+use crate::terminal::say;
 use crate::up::load_session_ledger;
 use crate::verify::sessions::{compare, read};
 use playground::cluster::{Cluster, Options};

@@ -8,8 +8,8 @@ use clap::Args;
 use failover_api::{Copies, Mode, Plan, Problem, Report, Role, Status, SyncState, word};
 use jiff::Timestamp;
 
-use crate::cli::say;
 use crate::home::Home;
+use crate::terminal::say;
 use playground::process::Process;
 use playground::{http, regions};
 

@@ -7,8 +7,8 @@ use clap::Args;
 use failover_api::{AdoptPlan, Problem, Report, word};
 
 use super::failover::{check_name, post};
-use crate::cli::say;
 use crate::home::Home;
+use crate::terminal::say;
 
 /// Options of `adopt`.
 #[derive(Debug, Clone, Args)]

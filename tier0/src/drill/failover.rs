@@ -18,8 +18,8 @@ use clap::Args;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use crate::cli::{say, time};
 use crate::stage::Stage;
+use crate::terminal::{say, time};
 use fault::Fault;
 use playground::postgres::Role;
 use playground::regions::Plan;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 
-use crate::cli::{say, time};
+use crate::terminal::{say, time};
 pub use outcome::Outcome;
 use outcome::{document, table};
 use playground::link::After;
@@ -88,6 +88,6 @@ pub async fn one(scenario: Scenario, args: &OutageArgs) -> anyhow::Result<Outcom
     watch.live();
     scenario.happen(&mut stage, &mut watch, args).await?;
     watch.until_caught_up(&mut stage).await;
-    let report = stage.finish(&mut watch).await?;
+    let report = watch.finish(&mut stage).await?;
     Ok(watch.outcome(scenario, args, &report))
 }

@@ -6,10 +6,12 @@ use anyhow::Context;
 use wire::ledger::Ledger;
 
 use super::sample::Sampler;
-use super::stack::{CONSUMER_GRACE, SIMULATOR_GRACE, Stack};
+use super::stack::Stack;
+use super::started::{CONSUMER_GRACE, SIMULATOR_GRACE};
 use super::summary::Summary;
-use crate::cli::{UpArgs, say};
 use crate::home::{Home, Run};
+use crate::terminal::say;
+use crate::up::args::UpArgs;
 use crate::verify::stored::{Scope, Stored, read};
 use crate::verify::{Report, compare};
 use playground::metrics::Metrics;

@@ -14,7 +14,7 @@ use rumqttc::v5::{AsyncClient, Event, MqttOptions};
 use serde_json::json;
 
 use super::stack::Stack;
-use crate::cli::say;
+use crate::terminal::say;
 use playground::child::POLL;
 use playground::postgres::Role;
 

@@ -14,8 +14,9 @@ use tokio_util::sync::CancellationToken;
 use wire::rabbitmq::QueueType;
 use wire::sessions::SessionLedger;
 
-use super::stack::{CONSUMER_GRACE, SIMULATOR_GRACE, taken, up_line};
-use crate::cli::{Part, UpArgs, say};
+use super::started::{CONSUMER_GRACE, SIMULATOR_GRACE, taken, up_line};
+use crate::terminal::say;
+use crate::up::args::{Part, UpArgs};
 use crate::verify::sessions::{SessionFindings, compare, read};
 use playground::cluster::Cluster;
 use playground::metrics::Metrics;

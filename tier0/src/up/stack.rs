@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use super::sessions::Sessions;
+use super::started::{CONSUMER_GRACE, SIMULATOR_GRACE, taken, up_line};
 use super::watching::Watching;
-use crate::cli::{Part, UpArgs, say};
 use crate::home::Home;
+use crate::terminal::say;
+use crate::up::args::{Part, UpArgs};
 use playground::cluster::{Cluster, Options};
 use playground::metrics::Metrics;
 use playground::mosquitto::Mosquitto;
@@ -23,9 +25,6 @@ const MQTT_PORT: u16 = 1883;
 const CONSUMER_PORT: u16 = 9101;
 const SIMULATOR_PORT: u16 = 9102;
 const READY: Duration = Duration::from_secs(60);
-/// The simulator waits for acknowledgements that may be stuck behind a full broker.
-pub(super) const SIMULATOR_GRACE: Duration = Duration::from_secs(90);
-pub(super) const CONSUMER_GRACE: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
 pub(super) struct Stack {
@@ -358,17 +357,6 @@ fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
     Ok(port)
 }
 
-/// What there is to say when a server got another port than it should have.
-pub(super) fn taken(name: &str, wanted: u16, used: u16) -> Option<String> {
-    (used != wanted).then(|| format!("  {name}: port {wanted} is taken, using {used} instead"))
-}
-
 fn report(name: &str, port: u16, started: Instant, note: &str) {
     say(up_line(name, port, started, note));
-}
-
-/// The line an operator sees when something is up.
-pub(super) fn up_line(name: &str, port: u16, started: Instant, note: &str) -> String {
-    let address = format!("127.0.0.1:{port}");
-    format!("  {name:<18}{address:<24}{:>6.2} s  {note}", started.elapsed().as_secs_f64())
 }

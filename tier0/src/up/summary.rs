@@ -9,7 +9,7 @@ use wire::ledger::Ledger;
 use wire::sessions::SessionLedger;
 
 use super::sample::Sampler;
-use crate::cli::UpArgs;
+use crate::up::args::UpArgs;
 use crate::verify::Report;
 use crate::verify::stored::Stored;
 
@@ -97,7 +97,7 @@ impl Summary {
             holds = false;
             verdict = format!("{verdict}; {}", trouble.join("; "));
         }
-        if args.without.contains(&crate::cli::Part::MqttConsumer) && report.is_some() {
+        if args.without.contains(&crate::up::args::Part::MqttConsumer) && report.is_some() {
             verdict = format!("{verdict} (without mqtt-consumer)");
         }
         #[allow(clippy::cast_precision_loss, reason = "figures for the eye")]

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tokio::task::JoinSet;
 
-use super::stack::{taken, up_line};
+use super::started::{taken, up_line};
 use playground::cluster::Cluster;
 use playground::monitoring::{Monitoring, Servers, Target};
 use playground::port::Port;

@@ -14,7 +14,8 @@ use super::Engine;
 use crate::decide;
 use crate::hands::Hands;
 use crate::history::Entry;
-use crate::operation::{self, Failure, Operation, Request};
+use crate::journal::{Failure, Operation, Request};
+use crate::operation;
 use crate::orchestrator::checks::{self, Question};
 use crate::orchestrator::trace;
 use crate::protocol::Postmaster;
@@ -133,7 +134,7 @@ impl Engine {
                 },
                 Err(error) => (StepStatus::Failed, format!("{error:#}")),
             };
-            Some(StepRecord::new(0, "redis", started.elapsed(), status, detail))
+            Some(StepRecord::new(0, "redis", Timestamp::now(), started.elapsed(), status, detail))
         };
         tokio::pin!(redis);
         tokio::pin!(run);

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::{Asked, Engine, new_id};
 use crate::hands::Hands;
 use crate::history::Entry;
-use crate::operation::{Operation, Request, Step};
+use crate::journal::{Operation, Request, Step};
 use crate::orchestrator::adopt::{self, AdoptQuestion};
 use crate::orchestrator::checks::Denied;
 use crate::state::State;
@@ -38,8 +38,15 @@ impl Engine {
         });
         let mut operation = self.record(&next, Kind::Adopted, &question.region, &question.reason, id, actor);
         let detail = serde_json::to_string(&verdict.facts).unwrap_or_default();
-        operation.steps.push(StepRecord::new(1, "adopt", started.elapsed(), StepStatus::Done, detail));
-        next.adopt(adoption);
+        operation.steps.push(StepRecord::new(
+            1,
+            "adopt",
+            Timestamp::now(),
+            started.elapsed(),
+            StepStatus::Done,
+            detail,
+        ));
+        next.adopt(adoption, Timestamp::now());
         operation.epoch = next.epoch;
         operation.timeline_before = next.above;
         operation.wait_for_after = next.wait_for.clone();
@@ -64,7 +71,14 @@ impl Engine {
             Err(denied) => return Ok(Err(denied)),
         };
         let mut operation = self.record(state, Kind::Discarded, region, &reason, id, actor);
-        operation.steps.push(StepRecord::new(1, "discard", started.elapsed(), StepStatus::Done, kept));
+        operation.steps.push(StepRecord::new(
+            1,
+            "discard",
+            Timestamp::now(),
+            started.elapsed(),
+            StepStatus::Done,
+            kept,
+        ));
         state.discard(region);
         tracing::warn!(region, actor = operation.actor, "what was kept is given up");
         Ok(Ok(self.write_down(state, operation, started)?))
@@ -95,7 +109,7 @@ impl Engine {
             bytes_at_risk: None,
             two_copies: false,
         };
-        Operation { completed: Step::Validate, ..Operation::new(request, state) }
+        Operation { completed: Step::Validate, ..state.opened(request) }
     }
 
     /// With the state into the journal, then into the history: dying in between makes neither a gap nor a double. Whoever was

@@ -6,8 +6,8 @@ use anyhow::{Context, ensure};
 use failover_api::{Report, StepStatus};
 
 use super::{FailoverBenchArgs, Scenario};
-use crate::cli::say;
 use crate::stage::Stage;
+use crate::terminal::say;
 use crate::verify;
 use playground::regions::{Plan, kill_postmaster};
 

@@ -1,12 +1,11 @@
 //! What a scenario showed, for people and as JSON.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use serde_json::{Value, json};
 
 use super::OutageArgs;
-use super::watch::Worst;
+use super::watch::{CatchUp, Worst};
 
 /// The consumer's memory beside three times `ingest.queue_bytes` (payloads, the pieces of the socket that hold them,
 /// what the allocator keeps): two writers' COPY buffers of 4 MiB that may double, and the program itself.
@@ -15,16 +14,6 @@ const BUFFERS: u64 = 48 << 20;
 const CHUNK_BYTES: u64 = 17 << 20;
 /// The same in messages: a read of 256 KiB holds fewer than this of 60 bytes or more.
 const CHUNK_MESSAGES: u64 = 4_500;
-
-/// From the moment the part was back until readings arrived as young as before.
-#[derive(Debug, Clone)]
-pub(super) struct CatchUp {
-    pub(super) after_seconds: f64,
-    /// Rows per second meanwhile, from the first commit on; `None` when nothing was left to catch up.
-    pub(super) per_second: Option<f64>,
-    /// Cores that each process used meanwhile.
-    pub(super) cores: BTreeMap<String, f64>,
-}
 
 /// One scenario.
 #[derive(Debug, Clone)]

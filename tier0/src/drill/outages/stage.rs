@@ -3,27 +3,15 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use wire::ledger::Ledger;
 
-use super::watch::Watch;
 use super::{OutageArgs, Scenario};
-use crate::verify::stored::{self, Scope};
-use crate::verify::{Report, compare};
 use playground::cluster::{Cluster, Options};
 use playground::link::Link;
 use playground::mosquitto::Mosquitto;
-use playground::postgres::Role;
 use playground::program::{Launch, Program};
 use playground::scratch::Scratch;
 
 pub(super) const READY: Duration = Duration::from_secs(60);
-/// The simulator waits for acknowledgements, the consumer commits what it holds.
-const GRACE: Duration = Duration::from_secs(120);
-const REPLAY: Duration = Duration::from_secs(120);
-/// Nothing waits and nothing comes for this long: what has not come will not come.
-const QUIET: Duration = Duration::from_secs(5);
-/// Longest wait for what the broker still holds when the devices have stopped.
-const DRAIN: Duration = Duration::from_secs(600);
 
 /// Clients before servers, files last: dropping goes in this order.
 pub(super) struct Stage {
@@ -32,7 +20,7 @@ pub(super) struct Stage {
     link: Option<Link>,
     pub(super) broker: Mosquitto,
     pub(super) cluster: Cluster,
-    scratch: Scratch,
+    pub(super) scratch: Scratch,
 }
 
 impl Stage {
@@ -83,54 +71,6 @@ impl Stage {
     /// What this scenario cuts.
     pub(super) fn link(&self) -> anyhow::Result<&Link> {
         self.link.as_ref().context("a scenario that cuts has a link")
-    }
-
-    /// Stops the devices, waits until what the broker holds is stored, and compares every device on every node.
-    pub(super) async fn finish(&mut self, watch: &mut Watch) -> anyhow::Result<Report> {
-        self.simulator.terminate(GRACE).await?;
-        let file = std::fs::File::open(self.scratch.path().join("ledger.json")).context("open the ledger")?;
-        let ledger: Ledger =
-            serde_json::from_reader(std::io::BufReader::new(file)).context("read the ledger")?;
-        if ledger.readings() == 0 {
-            bail!("the broker acknowledged nothing: there is nothing to check");
-        }
-        self.drained(watch, &ledger).await?;
-        self.consumer.terminate(GRACE).await?;
-        self.cluster.wait_synchronous().await?;
-        self.cluster.wait_replayed(REPLAY).await?;
-        let mut findings = Vec::new();
-        for node in &self.cluster.nodes {
-            let mut db = node.connect(Role::Owner).await?;
-            let stored =
-                stored::read(&mut db, &ledger, Scope::Everything).await.context("read the tables")?;
-            findings.push(compare(node.name(), &ledger, &stored));
-        }
-        Ok(Report::new(&ledger, findings))
-    }
-
-    /// The tables hold as much as the ledger, or nothing comes any more (the comparison says what is missing).
-    async fn drained(&mut self, watch: &mut Watch, ledger: &Ledger) -> anyhow::Result<()> {
-        let wanted = i64::try_from(ledger.readings()).unwrap_or(i64::MAX);
-        let deadline = Instant::now() + DRAIN;
-        let mut progress = Instant::now();
-        let mut last = 0;
-        loop {
-            let sample = watch.look(self).await;
-            if sample.received != last || sample.waiting() > 0 {
-                last = sample.received;
-                progress = Instant::now();
-            } else {
-                let db = self.cluster.connect(Role::Owner).await?;
-                let sql = "SELECT count(*) FROM device_telemetry";
-                let rows: i64 = db.query_one(sql, &[]).await.context("count the rows")?.get(0);
-                if rows >= wanted || progress.elapsed() > QUIET {
-                    return Ok(());
-                }
-            }
-            if Instant::now() > deadline {
-                bail!("the consumer has not drained the broker within {DRAIN:?}");
-            }
-        }
     }
 }
 

@@ -3,21 +3,30 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
+use playground::metrics::{Histogram, Metrics};
+use playground::postgres::Role;
+use playground::procfs::{self, Snapshot};
 use tokio::time::{Interval, MissedTickBehavior, interval};
+use wire::ledger::Ledger;
 
-use super::outcome::CatchUp;
 use super::stage::{READY, Stage};
 use super::{OutageArgs, Outcome, Scenario};
-use crate::verify::Report;
-use playground::metrics::{Histogram, Metrics};
-use playground::procfs::{self, Snapshot};
+use crate::verify::stored::{self, Scope};
+use crate::verify::{Report, compare};
 
 const EVERY: Duration = Duration::from_millis(250);
 /// Readings that are committed are on average younger than this: nothing waits in the broker any more.
 const LIVE: f64 = 1.0;
 /// Longest wait until it has caught up.
 const CATCH_UP: Duration = Duration::from_secs(900);
+/// The simulator waits for acknowledgements, the consumer commits what it holds.
+const GRACE: Duration = Duration::from_secs(120);
+const REPLAY: Duration = Duration::from_secs(120);
+/// Nothing waits and nothing comes for this long: what has not come will not come.
+const QUIET: Duration = Duration::from_secs(5);
+/// Longest wait for what the broker still holds when the devices have stopped.
+const DRAIN: Duration = Duration::from_secs(600);
 
 /// One look. Counts go on over restarts of the consumer.
 #[derive(Debug, Clone, Default)]
@@ -53,6 +62,16 @@ pub(super) struct Worst {
     /// Looks at which the consumer answered and was not connected to the broker.
     pub(super) unconnected: u64,
     pub(super) reconnects: u64,
+}
+
+/// From the moment the part was back until readings arrived as young as before.
+#[derive(Debug, Clone)]
+pub(super) struct CatchUp {
+    pub(super) after_seconds: f64,
+    /// Rows per second meanwhile, from the first commit on; `None` when nothing was left to catch up.
+    pub(super) per_second: Option<f64>,
+    /// Cores that each process used meanwhile.
+    pub(super) cores: BTreeMap<String, f64>,
 }
 
 #[derive(Debug, Clone)]
@@ -139,6 +158,55 @@ impl Watch {
         }
         self.last = metrics;
         self.now.clone()
+    }
+
+    /// Stops the devices, waits until what the broker holds is stored, and compares every device on every node.
+    pub(super) async fn finish(&mut self, stage: &mut Stage) -> anyhow::Result<Report> {
+        stage.simulator.terminate(GRACE).await?;
+        let file =
+            std::fs::File::open(stage.scratch.path().join("ledger.json")).context("open the ledger")?;
+        let ledger: Ledger =
+            serde_json::from_reader(std::io::BufReader::new(file)).context("read the ledger")?;
+        if ledger.readings() == 0 {
+            bail!("the broker acknowledged nothing: there is nothing to check");
+        }
+        self.drained(stage, &ledger).await?;
+        stage.consumer.terminate(GRACE).await?;
+        stage.cluster.wait_synchronous().await?;
+        stage.cluster.wait_replayed(REPLAY).await?;
+        let mut findings = Vec::new();
+        for node in &stage.cluster.nodes {
+            let mut db = node.connect(Role::Owner).await?;
+            let stored =
+                stored::read(&mut db, &ledger, Scope::Everything).await.context("read the tables")?;
+            findings.push(compare(node.name(), &ledger, &stored));
+        }
+        Ok(Report::new(&ledger, findings))
+    }
+
+    /// The tables hold as much as the ledger, or nothing comes any more (the comparison says what is missing).
+    async fn drained(&mut self, stage: &mut Stage, ledger: &Ledger) -> anyhow::Result<()> {
+        let wanted = i64::try_from(ledger.readings()).unwrap_or(i64::MAX);
+        let deadline = Instant::now() + DRAIN;
+        let mut progress = Instant::now();
+        let mut last = 0;
+        loop {
+            let sample = self.look(stage).await;
+            if sample.received != last || sample.waiting() > 0 {
+                last = sample.received;
+                progress = Instant::now();
+            } else {
+                let db = stage.cluster.connect(Role::Owner).await?;
+                let sql = "SELECT count(*) FROM device_telemetry";
+                let rows: i64 = db.query_one(sql, &[]).await.context("count the rows")?.get(0);
+                if rows >= wanted || progress.elapsed() > QUIET {
+                    return Ok(());
+                }
+            }
+            if Instant::now() > deadline {
+                bail!("the consumer has not drained the broker within {DRAIN:?}");
+            }
+        }
     }
 
     pub(super) async fn until_flowing(&mut self, stage: &mut Stage) -> anyhow::Result<()> {

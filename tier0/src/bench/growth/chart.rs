@@ -3,7 +3,7 @@
 use anyhow::anyhow;
 use plotters::prelude::*;
 
-use super::growth::{Phase, Second, Step};
+use super::{Phase, Second, Step};
 
 const SIZE: (u32, u32) = (960, 720);
 const ARRAYS: RGBColor = RGBColor(31, 119, 180);
