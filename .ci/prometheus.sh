@@ -49,7 +49,7 @@ done
 for page in ../../docs/runbooks/*.md; do
     name=${page##*/}
     [ "$name" = README.md ] && continue
-    for heading in "Means" "Urgent?" "First look" "Do" "Over when" "Who else"; do
+    for heading in "Meaning" "Severity" "Diagnosis" "Mitigation" "Resolved when" "Impact"; do
         grep -qxF "## $heading" "$page" || complain "docs/runbooks/$name has no heading $heading"
     done
     grep -q "runbook_url: docs/runbooks/$name\$" rules/*.yml || complain "no alert leads to docs/runbooks/$name"

@@ -1,5 +1,5 @@
 //! Runbooks, followed word by word: a cluster is brought into the trouble that a page is for, what the page tells people to type
-//! is typed as it stands, and then the page's "Over when" holds, and nothing that was acknowledged is lost.
+//! is typed as it stands, and then the page's "Resolved when" holds, and nothing that was acknowledged is lost.
 //!
 //! Ports and what a person fills in are translated by `shell.rs`; `docker compose up` and `stop` are done to our processes by
 //! `bed.rs`; the rest runs in a shell that has pasted the playground's block of docs/runbooks/README.md. Nothing is skipped in

@@ -95,7 +95,7 @@ impl Bed {
     /// As [`Bed::follow`], where something that is asked may be down.
     pub(super) async fn look(&mut self, book: &mut Book) -> String {
         let mut all = String::new();
-        for command in book.take("First look") {
+        for command in book.take("Diagnosis") {
             let (output, failed) = self.run(&command).await;
             println!("$ {command}\n{output}{failed}");
             all.push_str(&output);

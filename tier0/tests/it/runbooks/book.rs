@@ -1,6 +1,6 @@
 //! A runbook page, cut into what it tells people to type, in its order.
 //!
-//! Every piece of code in "First look" and "Do" that has more than one word is a command to be carried out, unless it is
+//! Every piece of code in "Diagnosis" and "Mitigation" that has more than one word is a command to be carried out, unless it is
 //! excused with a reason. What is neither carried out nor excused fails the test.
 
 use crate::examples::pages::{Page, Piece};
@@ -15,7 +15,7 @@ pub(super) struct Book {
 }
 
 struct Step {
-    /// "First look"; "Do" for what comes before the first number; "Do 2"; or the heading below "Do" that it is under.
+    /// "Diagnosis"; "Mitigation" for what comes before the first number; "Mitigation 2"; or the heading below "Mitigation" that it is under.
     part: String,
     line: usize,
     text: String,
@@ -65,7 +65,7 @@ impl Book {
 
     /// The page says so, word for word; the test looks whether it holds.
     pub(super) fn is_over_when(&self, words: &str) {
-        let (_, rest) = self.page.text.split_once("\n## Over when\n").unwrap();
+        let (_, rest) = self.page.text.split_once("\n## Resolved when\n").unwrap();
         let said = rest.split("\n## ").next().unwrap();
         let plain = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(plain(said), plain(words), "{}: the test looks at something else", self.page.path);
@@ -92,7 +92,7 @@ impl Step {
     }
 }
 
-/// Where a line stands, when that is in "First look" or "Do".
+/// Where a line stands, when that is in "Diagnosis" or "Mitigation".
 fn part(text: &str, line: usize) -> Option<String> {
     let (mut section, mut below) = (String::new(), None);
     for line in text.lines().take(line) {
@@ -105,24 +105,24 @@ fn part(text: &str, line: usize) -> Option<String> {
             below = Some(format!("{section} {number}"));
         }
     }
-    ["First look", "Do"].contains(&section.as_str()).then(|| below.unwrap_or(section))
+    ["Diagnosis", "Mitigation"].contains(&section.as_str()).then(|| below.unwrap_or(section))
 }
 
 #[cfg(test)]
-const SAMPLE: &str = "# A page\n\n## First look\n\n    curl x\n    logs y\n\n## Do\n\nFirst `a b`.\n\n1. Either `c` or `d e`:\n\n       f g\n\n\
-                      2. `h i`\n\n### More\n\n`j k`\n\n## Over when\n\n`l m` is\n1.\n\n## Who else\n";
+const SAMPLE: &str = "# A page\n\n## Diagnosis\n\n    curl x\n    logs y\n\n## Mitigation\n\nFirst `a b`.\n\n1. Either `c` or `d e`:\n\n       f g\n\n\
+                      2. `h i`\n\n### More\n\n`j k`\n\n## Resolved when\n\n`l m` is\n1.\n\n## Impact\n";
 
 #[test]
 fn a_page_is_cut_into_its_parts() {
     let page = || Page::new("x.md".into(), SAMPLE.into());
     let mut book = Book::of(page(), &[("h i", "not here")]);
-    let parts = ["First look", "Do", "Do 1", "More"].map(|part| book.take(part).join(" / "));
+    let parts = ["Diagnosis", "Mitigation", "Mitigation 1", "More"].map(|part| book.take(part).join(" / "));
     assert_eq!(parts, ["curl x\nlogs y", "a b", "d e / f g", "j k"]);
     book.is_over_when("`l m` is 1.");
     book.close();
     let skipped = std::panic::catch_unwind(|| {
         let mut book = Book::of(page(), &[("h i", "not here")]);
-        book.take("Do 1");
+        book.take("Mitigation 1");
         book.close();
     });
     assert!(skipped.is_err(), "what nobody has followed is said");

@@ -27,7 +27,7 @@ async fn what_a_forced_failover_lost_is_taken_out_of_the_kept_source() {
     let mut book = no_primary();
     let seen = bed.look(&mut book).await;
     assert!(seen.contains("\"sync_set\": []"), "{seen}");
-    let seen = bed.follow(&mut book, "Do 2").await;
+    let seen = bed.follow(&mut book, "Mitigation 2").await;
     assert!(seen.contains("\"dry_run\": true") && seen.contains("\"kind\": \"forced\""), "{seen}");
     is_over(&bed, &book, Instant::now()).await;
 
@@ -44,20 +44,20 @@ async fn what_a_forced_failover_lost_is_taken_out_of_the_kept_source() {
     );
     let seen = bed.look(&mut book).await;
     assert!(seen.contains("\"role\": \"stopped\""), "{seen}");
-    for step in ["Do 1", "Do 2", "Do 3"] {
+    for step in ["Mitigation 1", "Mitigation 2", "Mitigation 3"] {
         bed.follow(&mut book, step).await;
     }
-    let taken = bed.follow(&mut book, "Do 4").await;
+    let taken = bed.follow(&mut book, "Mitigation 4").await;
     let counts: Vec<u64> =
         taken.lines().filter_map(|line| line.strip_prefix("INSERT 0 ")?.parse().ok()).collect();
     let [readings, activity, letters, sessions] = counts[..] else { panic!("{counts:?}") };
     assert!(readings >= 100 && activity == 0 && letters == 0, "{counts:?}");
     // One for each batch, and that of a writer when nobody has changed it since.
     assert!((readings / 20..=readings / 20 + 2).contains(&sessions), "{counts:?}");
-    bed.follow(&mut book, "Do 5").await;
-    bed.follow(&mut book, "Do 6").await;
+    bed.follow(&mut book, "Mitigation 5").await;
+    bed.follow(&mut book, "Mitigation 6").await;
 
-    book.is_over_when("`failover_kept` is 0 for every node, and `sync_set` in `/status` names it again.");
+    book.is_over_when("`failover_kept` is 0 for every node, and `sync_set` in `/status` names the node again.");
     bed.metrics("nothing is kept", |_, it| it.has("failover_kept") && it.count("failover_kept") == 0).await;
     bed.until("in sync", |status| status.sync_set.contains("region1")).await;
     bed.regions.whole(LIMIT).await.unwrap();

@@ -24,14 +24,14 @@ async fn the_second_copy_comes_back_and_a_slot_of_nobody_goes() {
     let mut paused = Book::open("failover-paused", &[]);
     let seen = bed.look(&mut paused).await;
     assert!(seen.contains("\"mode\": \"paused\""), "{seen}");
-    bed.follow(&mut paused, "Do").await;
+    bed.follow(&mut paused, "Mitigation").await;
     paused.is_over_when("`failover_mode_auto` is 1.");
     bed.metrics("resumed", |_, it| it.count("failover_mode_auto") == 1).await;
     paused.close();
     bed.shell.fill_in("NAME", "region9");
-    bed.follow(&mut book, "Do 4").await;
+    bed.follow(&mut book, "Mitigation 4").await;
 
-    book.is_over_when("`failover_sync_set_size` is at least 1, the lag is near 0, the slot holds little.");
+    book.is_over_when("`failover_sync_set_size` is at least 1, the lag is near 0, and the slot retains little WAL.");
     bed.metrics("two copies", |_, it| it.count("failover_sync_set_size") >= 1).await;
     bed.until("near", |status| status.nodes[1].lag_bytes.is_some_and(|bytes| bytes < 1 << 20)).await;
     let slots = "SELECT slot_name::text, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) < 16e6 FROM pg_replication_slots";

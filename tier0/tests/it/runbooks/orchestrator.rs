@@ -32,7 +32,7 @@ async fn an_orchestrator_that_is_down_comes_back_with_its_directory_or_without()
     let seen = bed.look(&mut book).await;
     assert!(seen.contains("INFO"), "its log is shown: {seen}");
     bed.commits().await;
-    bed.follow(&mut book, "Do 1").await;
+    bed.follow(&mut book, "Mitigation 1").await;
     is_over(&bed, &book).await;
     bed.kill_node("region1").await;
     bed.until("failed over", |status| status.current_region == "region2").await;
@@ -44,7 +44,7 @@ async fn an_orchestrator_that_is_down_comes_back_with_its_directory_or_without()
     let dir = bed.scratch.path().join("orchestrator");
     bed.regions.orchestrator.kill9().await.unwrap();
     std::fs::remove_dir_all(&dir).unwrap();
-    bed.follow(&mut book, "Do 1").await;
+    bed.follow(&mut book, "Mitigation 1").await;
     let mut doubt = state_in_doubt(("tier0 adopt", THE_SAME));
     adopt(&mut bed, &mut doubt).await;
     doubt.close();
@@ -53,13 +53,13 @@ async fn an_orchestrator_that_is_down_comes_back_with_its_directory_or_without()
     // What is on it is no state.
     bed.regions.orchestrator.kill9().await.unwrap();
     std::fs::write(dir.join("state.json"), "{").unwrap();
-    bed.follow(&mut book, "Do 1").await;
+    bed.follow(&mut book, "Mitigation 1").await;
     let ended = bed.regions.orchestrator.wait(LIMIT).await.unwrap();
     assert!(!ended.success(), "{ended}");
     let seen = bed.look(&mut book).await;
     assert!(seen.contains("state.json"), "the log names what cannot be read: {seen}");
-    bed.follow(&mut book, "Do 3").await;
-    bed.follow(&mut book, "Do 1").await;
+    bed.follow(&mut book, "Mitigation 3").await;
+    bed.follow(&mut book, "Mitigation 1").await;
     let mut doubt = state_in_doubt((
         "curl -s -X POST -H \"Authorization: Bearer $TOKEN\" \"localhost:8003/adopt/region2?reason",
         THE_SAME,
@@ -83,7 +83,7 @@ async fn adopt(bed: &mut Bed, doubt: &mut Book) {
         assert!(std::time::Instant::now() < deadline, "{seen}");
         tokio::time::sleep(std::time::Duration::from_millis(200)).await;
     }
-    bed.follow(doubt, "Do 4").await;
+    bed.follow(doubt, "Mitigation 4").await;
     doubt.is_over_when("`failover_doubts` is 0, and `sync_set` in `/status` is not empty.");
     bed.metrics("no doubt", |_, it| it.has("failover_doubts") && it.count("failover_doubts") == 0).await;
     bed.until("a sync set", |status| !status.sync_set.is_empty()).await;

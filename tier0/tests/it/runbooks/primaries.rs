@@ -36,16 +36,16 @@ async fn of_two_primaries_the_stray_one_is_stopped_and_comes_back() {
     assert!(seen.contains("\"current_region\": \"region2\""), "{seen}");
     assert_eq!(seen.matches("\n f ").count(), 2, "both say that they are primaries: {seen}");
     bed.commits().await;
-    bed.follow(&mut book, "Do 2").await;
+    bed.follow(&mut book, "Mitigation 2").await;
     assert!(
         waits.join_next().await.unwrap().unwrap().is_err(),
         "what waits for the standby is not acknowledged"
     );
     assert_eq!(bed.writable().await, ["region2"]);
-    bed.follow(&mut book, "Do 3").await;
+    bed.follow(&mut book, "Mitigation 3").await;
     assert!(bed.scratch.path().join("region1-saved/PG_VERSION").is_file());
     bed.regions.links[0].restore(After::Reset);
-    bed.follow(&mut book, "Do 4").await;
+    bed.follow(&mut book, "Mitigation 4").await;
 
     book.is_over_when(
         "`sum(region_agent_postgres_writable)` is 1, and `sync_set` in `/status` names the other node.",
@@ -67,7 +67,7 @@ async fn without_a_primary_the_failover_follows_when_it_is_no_longer_paused() {
     assert!(bed.writable().await.is_empty());
     let seen = bed.look(&mut book).await;
     assert!(seen.contains("\"mode\": \"paused\""), "{seen}");
-    bed.follow(&mut book, "Do 1").await;
+    bed.follow(&mut book, "Mitigation 1").await;
     is_over(&bed, &book, Instant::now()).await;
     assert_eq!(bed.writable().await, ["region2"]);
     // The machine is back.

@@ -19,7 +19,7 @@ const EXCUSES: [super::Excuse; 16] = [
         "done to a process that is stopped: failover/tests/it/redis.rs, sentinels_that_slept_are_asked_again",
     ),
     ("redis-cli -p 26379 INFO sentinel", "the same"),
-    ("redis-cli -p 6380 INFO replication", "only looks, as First look does"),
+    ("redis-cli -p 6380 INFO replication", "only looks, as the diagnosis does"),
     (
         "redis-cli -p 26379 SENTINEL REPLICAS",
         "only looks; \"NOGOODSLAVE\" takes a replica that is not in step",
@@ -38,7 +38,7 @@ const EXCUSES: [super::Excuse; 16] = [
 async fn is_over(bed: &mut Bed, book: &mut Book) {
     book.is_over_when(
         "Every Sentinel answers `OK 3 usable Sentinels`, one instance says `role:master` with `connected_slaves:1`, \
-         `jq .redis.follows` says `true`.",
+         and `jq .redis.follows` says `true`.",
     );
     bed.until("follows", |status| status.redis.follows).await;
     let deadline = Instant::now() + LIMIT;
@@ -71,7 +71,7 @@ async fn redis_is_led_back_and_a_sentinel_that_knows_nobody_is_told() {
     bed.regions.redis.as_mut().unwrap().instances[0].kill9().await.unwrap();
     bed.alarm("does not answer").await;
     bed.look(&mut book).await;
-    bed.follow(&mut book, "Do 1").await;
+    bed.follow(&mut book, "Mitigation 1").await;
     is_over(&mut bed, &mut book).await;
 
     // One Sentinel has lost what it knew. (One that names something else is told by the others within seconds.)
@@ -83,7 +83,7 @@ async fn redis_is_led_back_and_a_sentinel_that_knows_nobody_is_told() {
     assert!(seen.contains("No such master"), "{seen}");
     bed.shell.fill_in("HOST", "127.0.0.1");
     bed.shell.fill_in("PORT", &master);
-    bed.follow(&mut book, "Do 2").await;
+    bed.follow(&mut book, "Mitigation 2").await;
     is_over(&mut bed, &mut book).await;
     let sentinel = &bed.regions.redis.as_ref().unwrap().sentinels;
     let told = sentinel[0].command(&format!("SENTINEL MASTER {MASTER}")).await.unwrap();
@@ -104,7 +104,7 @@ async fn of_two_redis_masters_one_remains_and_is_moved_back() {
         ("redis-cli -p 26379 SENTINEL REMOVE", THE_OTHER),
     ]);
     bed.post("/mode", r#"{"mode":"paused"}"#).await;
-    bed.follow(&mut book, "Do 4").await;
+    bed.follow(&mut book, "Mitigation 4").await;
     bed.alarm("nothing is moved while paused").await;
     let deadline = Instant::now() + LIMIT;
     while bed.regions.redis.as_ref().unwrap().instances[0].role().await.unwrap() != "slave" {
@@ -117,7 +117,7 @@ async fn of_two_redis_masters_one_remains_and_is_moved_back() {
     bed.until("one master", |status| !status.alarms.iter().any(|alarm| alarm.contains("two masters"))).await;
     bed.regions.redis.as_mut().unwrap().settled(LIMIT).await.unwrap();
     // "resume, or 4 above"
-    bed.follow(&mut book, "Do 4").await;
+    bed.follow(&mut book, "Mitigation 4").await;
     is_over(&mut bed, &mut book).await;
     book.close();
     bed.nothing_is_lost().await;
