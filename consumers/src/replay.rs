@@ -11,20 +11,21 @@ use service::process::Process;
 
 #[derive(Debug, Clone, Args)]
 pub struct ReplayArgs {
-    /// Try dead letters again by today's settings: store what is good now and delete its letters, then exit. No broker is
-    /// asked; consumers may run meanwhile
+    /// Decode dead letters again with the current settings: store what is valid now, delete its dead letters,
+    /// and exit. No broker connection is made, and consumers may run meanwhile
     #[arg(long, conflicts_with = "leave")]
     pub replay_dead_letters: bool,
-    /// Only letters with this reason, for instance `timestamp_out_of_range`
+    /// Only dead letters with this reason, for example `timestamp_out_of_range`
     #[arg(long, requires = "replay_dead_letters", value_parser = reason)]
     reason: Option<Reason>,
-    /// Only letters received since then: a time such as 2026-02-03T04:05:06Z, or how long ago, such as `2h` or `3d`
+    /// Only dead letters received since this time, such as 2026-02-03T04:05:06Z, or in this period, such as
+    /// `2h` or `3d`
     #[arg(long, requires = "replay_dead_letters", value_parser = since)]
     since: Option<jiff::Timestamp>,
-    /// Do everything but the commit, and say what would come of it
+    /// Do everything except the commit, and print what the result would be
     #[arg(long, requires = "replay_dead_letters")]
     dry_run: bool,
-    /// Print the outcome as one line of JSON
+    /// Print the result as one line of JSON
     #[arg(long, requires = "replay_dead_letters")]
     json: bool,
 }

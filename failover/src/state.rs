@@ -74,7 +74,7 @@ pub struct State {
     pub epoch: u64,
     pub primary: Node,
     pub system_id: String,
-    /// Standbys that hold every acknowledged commit.
+    /// Standbys that have every acknowledged commit.
     pub sync_set: BTreeSet<Node>,
     /// Standbys the primary is told to wait for, all of them.
     pub wait_for: BTreeSet<Node>,

@@ -10,35 +10,37 @@ use serde::{Deserialize, Serialize};
 use crate::protocol::{Attached, NodeStatus, Postmaster, Rejoin, Sample, Upstream};
 use crate::state::State;
 
-/// Limits by which evidence is judged.
+/// Time and size limits for decisions.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Policy {
-    /// An agent not heard for so long counts as silent; three heartbeats.
+    /// An agent that has not answered for this long counts as silent; three heartbeats.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub agent_silence: Duration,
-    /// A Postgres that has not answered our own query for so long counts as silent.
+    /// A Postgres that has not answered the orchestrator's probe for this long counts as silent.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub probe_silence: Duration,
-    /// A standby that has not heard its primary for so long is not a witness that the primary lives. Above half of
-    /// Postgres' `wal_receiver_timeout`, which is when an idle receiver asks.
+    /// A standby that has not heard its primary for this long does not count as evidence that the primary is
+    /// alive. Must be above half of Postgres' `wal_receiver_timeout`: after that time an idle receiver asks for a
+    /// reply.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub stream_silence: Duration,
-    /// A standby missing for so long is given up: commits no longer wait for it. Until then they do.
+    /// A standby that is missing for this long is removed: commits no longer wait for it. Until then they do.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub degrade_after: Duration,
-    /// A standby further behind than this is not waited for, and not a target of a switchover.
+    /// Commits do not wait for a standby that is further behind than this, and it is not a target of a
+    /// switchover.
     pub max_lag_bytes: u64,
-    /// A primary that commits nothing for so long, although its standbys have all that it has written, is replaced: its disk
-    /// hangs, most likely.
+    /// A primary that commits nothing for this long, although its standbys have everything it has written, is
+    /// replaced. Its disk probably hangs.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub stall_after: Duration,
-    /// A standby that has not streamed for so long is not helped by waiting.
+    /// A standby that has not streamed for this long is rewound or cloned.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub rejoin_after: Duration,

@@ -34,11 +34,11 @@ pub fn export(
         settlements,
         messages: IntGauge::new(
             "ingest_queue_messages",
-            "Messages taken from the broker and not yet settled",
+            "Messages that were received from the broker and are not yet settled",
         )?,
         bytes: IntGauge::new(
             "ingest_queue_bytes",
-            "Bytes of messages taken from the broker and not yet settled",
+            "Bytes of messages that were received from the broker and are not yet settled",
         )?,
         max_messages: IntGauge::new(
             "ingest_queue_max_messages",
@@ -47,7 +47,7 @@ pub fn export(
         max_bytes: IntGauge::new("ingest_queue_max_bytes", "Bytes at which reading from the broker pauses")?,
         oldest: Gauge::new(
             "ingest_oldest_unacknowledged_seconds",
-            "How long the oldest message that is not committed has been here",
+            "Age of the oldest uncommitted message since its receipt",
         )?,
     }))
 }

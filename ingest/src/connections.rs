@@ -24,11 +24,11 @@ pub fn export(registry: &Registry, database: Database) -> Result<(), prometheus:
         connections: IntGaugeVec::new(
             Opts::new(
                 "ingest_database_connections",
-                "Connections of the pool in use or idle, and how many callers wait for one",
+                "Connections of the pool in use and idle, and callers that wait for one",
             ),
             &["state"],
         )?,
-        max: IntGauge::new("ingest_database_connections_max", "Connections the pool opens at most")?,
+        max: IntGauge::new("ingest_database_connections_max", "Maximum number of connections in the pool")?,
     }))
 }
 

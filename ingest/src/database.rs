@@ -62,7 +62,7 @@ impl Database {
         }
         let refusals = IntCounter::new(
             "ingest_database_sessions_refused_total",
-            "Sessions opened with Postgres and not used, since rows could be lost through them; health says why",
+            "Postgres sessions that were opened but not used, because rows could be lost through them; the health endpoint gives the reason",
         )
         .context("make the counter of refused sessions")?;
         let patience = settings.connect_timeout;

@@ -63,15 +63,15 @@ impl Metrics {
     /// When a name is registered already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let metrics = Self {
-            messages: counter(registry, "ingest_received_total", "Messages taken from the broker")?,
+            messages: counter(registry, "ingest_received_total", "Messages received from the broker")?,
             rows_received: counter(
                 registry,
                 "ingest_rows_received_total",
-                "Readings found in messages, refused ones included",
+                "Readings found in messages, including refused ones",
             )?,
             readings: Readings::new(registry)?,
             rows_committed: counter(registry, "ingest_rows_committed_total", "New rows committed")?,
-            duplicates: counter(registry, "ingest_duplicates_total", "Readings that were stored already")?,
+            duplicates: counter(registry, "ingest_duplicates_total", "Readings that were already stored")?,
             dead_letters: register(
                 registry,
                 IntCounterVec::new(
@@ -84,7 +84,7 @@ impl Metrics {
                 IntCounterVec::new(
                     Opts::new(
                         "ingest_tolerated_total",
-                        "Readings taken although they are not as the contract asks, by what was tolerated; empty: messages",
+                        "Readings accepted with a deviation from the message format, by deviation; empty: messages",
                     ),
                     &["what"],
                 )?,
@@ -101,7 +101,7 @@ impl Metrics {
             batches: register(
                 registry,
                 IntCounterVec::new(
-                    Opts::new("ingest_batches_total", "Batches by what closed them"),
+                    Opts::new("ingest_batches_total", "Batches, by what closed them"),
                     &["closed_by"],
                 )?,
             )?,
@@ -135,17 +135,17 @@ impl Metrics {
             retries: counter(
                 registry,
                 "ingest_write_retries_total",
-                "Batches tried again after an error of the server or network",
+                "Batches retried after an error of the server or network",
             )?,
             unknown_errors: counter(
                 registry,
                 "ingest_unknown_errors_total",
-                "Retries for an error nobody has classified; raise an alarm",
+                "Retries because of an unclassified database error",
             )?,
             merges: counter(
                 registry,
                 "ingest_merges_total",
-                "Batches that took the merge path because some rows were stored already",
+                "Batches that took the merge path because some rows were already stored",
             )?,
             isolations: counter(
                 registry,
@@ -160,37 +160,37 @@ impl Metrics {
             letters_suppressed: counter(
                 registry,
                 "ingest_dead_letters_suppressed_total",
-                "Refused readings without a dead letter because their device had left too many; the rest of what it sent is stored",
+                "Refused readings without a dead letter because their device exceeded its allowance; its valid readings are stored",
             )?,
             swallowed: counter(
                 registry,
                 "ingest_swallowed_batches_total",
-                "Batches of which the table kept fewer rows than it reported success for; the missing rows become dead letters",
+                "Batches of which the table stored fewer rows than it reported; the missing rows become dead letters",
             )?,
             splits: counter(
                 registry,
                 "ingest_split_batches_total",
-                "Batches that failed again and again while the database took other work, and were split by message",
+                "Batches that failed repeatedly while the database accepted other work, and were split by message",
             )?,
             held_by_schema: register(
                 registry,
                 IntGauge::new(
                     "ingest_batches_held_by_schema",
-                    "Batches that wait because the tables refuse what they took before",
+                    "Held batches: the tables refuse rows that they accepted before",
                 )?,
             )?,
             partitions_ahead: register(
                 registry,
                 IntGauge::new(
                     "ingest_partitions_ahead",
-                    "Partitions whose time has not begun; 0 unless elected to the upkeep, so take the maximum",
+                    "Partitions whose time has not begun; 0 unless elected to the upkeep, so use the maximum",
                 )?,
             )?,
             partitions_overdue: register(
                 registry,
                 Gauge::new(
                     "ingest_partitions_overdue_seconds",
-                    "How long ago the oldest partition of readings should have been dropped; 0 unless elected, so take the maximum",
+                    "Time since the oldest partition of readings should have been dropped; 0 unless elected, so use the maximum",
                 )?,
             )?,
             upkeep_succeeded: register(
@@ -203,7 +203,7 @@ impl Metrics {
             upkeep_failures: counter(
                 registry,
                 "ingest_upkeep_failures_total",
-                "Tries to prepare the tables or to keep the partitions that failed and are repeated",
+                "Failed attempts to prepare the tables or to run the upkeep; they are repeated",
             )?,
             clock_offset: register(
                 registry,
@@ -216,8 +216,8 @@ impl Metrics {
                 registry,
                 IntGauge::new(
                     "ingest_clock_uncertain",
-                    "1 while the clocks disagree, with one another, with what they said before or with the stored readings: nothing is \
-                     refused that one of them accepts",
+                    "1 while the clocks disagree with one another, with their earlier times or with the stored readings; readings that one of \
+                     them accepts are not refused",
                 )?,
             )?,
             letters: LetterMetrics::new(registry)?,
@@ -252,25 +252,25 @@ impl AuditMetrics {
                 registry,
                 by_role(
                     "ingest_audit_keys_total",
-                    "Keys of committed readings or sessions that were read again",
+                    "Keys of committed readings or sessions that the audit read again",
                 )?,
             )?,
             missing: register(
                 registry,
                 by_role(
                     "ingest_audit_missing_keys_total",
-                    "Keys that were committed and acknowledged, and are not in the table",
+                    "Keys that were committed and acknowledged but are not in the table",
                 )?,
             )?,
             unverified: counter(
                 registry,
                 "ingest_audit_unverified_keys_total",
-                "Keys that a standby was not asked for because it was away or had not replayed their commit",
+                "Keys that were not checked on a standby because it was down or had not replayed their commit",
             )?,
             skipped: counter(
                 registry,
                 "ingest_audit_skipped_keys_total",
-                "Keys that were not read again: too many at once, about to be dropped by the retention, or none because the database refused the rows",
+                "Keys that the audit skipped: too many at once, about to be dropped by the retention, or refused by the database",
             )?,
             last_success: register(
                 registry,

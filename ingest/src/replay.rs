@@ -48,7 +48,7 @@ pub struct Report {
     pub replayed: u64,
     /// New rows.
     pub rows: u64,
-    /// Readings that were stored already, or are joined into a stored row.
+    /// Readings that were already stored, or are joined into a stored row.
     pub duplicates: u64,
     /// Letters that are still refused, and stay.
     pub refused: u64,

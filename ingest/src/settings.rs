@@ -13,24 +13,26 @@ use service::secret::Secret;
 pub use lenient::LenientSettings;
 pub use timestamps::{NoZone, TimestampSettings};
 
-/// Where the rows go: the replicated Postgres.
+/// The replicated Postgres that stores the rows.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DatabaseSettings {
-    /// All nodes, primary or not, as `host:port` separated by commas; the primary is found among them.
+    /// All nodes, primary and standbys, as `host:port` separated by commas. The process finds the primary
+    /// among them.
     pub hosts: String,
     /// Name of the database.
     pub name: String,
-    /// The role the process logs in as.
+    /// Role that the process uses to log in.
     pub user: String,
     /// Its password.
     pub password: Secret,
-    /// Longest wait for TCP, login and "are you the primary", for one node.
+    /// Maximum time for TCP, login and the check for the primary, for one node.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub connect_timeout: Duration,
-    /// Longest wait for one batch, its commit on the standby included. Then the connection is dropped and the batch tried
-    /// again; the commit is never cancelled, since a cancelled one would look like a good one.
+    /// Maximum time for one batch, including its commit on the standby. After that the connection is dropped
+    /// and the batch is retried. The commit is never cancelled, because a cancelled commit would look
+    /// successful.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub commit_timeout: Duration,
@@ -103,49 +105,54 @@ pub enum SameIdentity {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct IngestSettings {
-    /// Writers, each with one database connection.
+    /// Number of writers. Each has one database connection.
     pub writers: usize,
-    /// A batch closes at so many rows, or by `max_bytes`, or by `max_age`, whichever is first.
+    /// A batch closes at this number of rows, at `max_bytes` or at `max_age`, whichever comes first.
     pub max_rows: usize,
-    /// A batch closes at so many bytes.
+    /// A batch closes at this size.
     #[schemars(with = "String", extend("format" = "size"))]
     pub max_bytes: ByteSize,
-    /// A batch closes when its oldest row has waited so long.
+    /// A batch closes when its oldest row has waited this long.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_age: Duration,
-    /// Messages held at once, waiting or being written; at least `mqtt_consumer.receive_maximum`.
+    /// Maximum number of messages that wait or are being written; at least `mqtt_consumer.receive_maximum`.
     pub queue_messages: usize,
-    /// The same in bytes; the process needs about three times this at worst.
+    /// The same limit in bytes. The process needs at most about three times this.
     #[schemars(with = "String", extend("format" = "size"))]
     pub queue_bytes: ByteSize,
     /// Larger messages become dead letters.
     #[schemars(with = "String", extend("format" = "size"))]
     pub max_payload: ByteSize,
-    /// What becomes of a reading whose device and timestamp are stored already with another content: `conflict` makes it a
-    /// dead letter, `merge` joins metrics that do not contradict the stored ones into the row.
+    /// How to handle a reading whose device and timestamp are already stored with different content.
+    /// `conflict`: it becomes a dead letter. `merge`: metrics that do not contradict the stored ones are
+    /// joined into the row.
     pub same_identity: SameIdentity,
-    /// Dead letters of one device in an hour that are stored of what is no reading; those above are acknowledged and counted.
+    /// Maximum number of dead letters per device and hour for invalid messages. Further ones are acknowledged
+    /// and counted, not stored.
     pub dead_letters_per_device: u32,
-    /// The same in bytes; at least twice `max_payload`. Readings that are refused for their time or by the table may take as much besides,
-    /// in any number; so may the refused user events of one routing key.
+    /// The same limit in bytes; at least twice `max_payload`. Readings refused for their time or by the table
+    /// have a separate allowance of this size, without a limit in number. So have the refused user events of
+    /// one routing key.
     #[schemars(with = "String", extend("format" = "size"))]
     pub dead_letter_bytes_per_device: ByteSize,
-    /// Older readings become dead letters, older partitions are dropped.
+    /// Older readings become dead letters. Older partitions are dropped.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub retention: Duration,
-    /// Readings further ahead of the clock become dead letters.
+    /// Readings further ahead of the clock than this become dead letters.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub future_tolerance: Duration,
-    /// Width of one partition of `device_telemetry` in time; divides a day. The open partition has no index by device: a
-    /// look-up by device scans its part of the key, so wider ones make look-ups slower, narrower ones planning.
+    /// Time range of one partition of `device_telemetry`; must divide a day. The open partition has no index
+    /// by device, so a look-up by device scans its part of the key. Wider partitions make look-ups slower;
+    /// narrower ones make query planning slower.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub partition_width: Duration,
-    /// Most that this machine's clock and the primary's may be apart. Beyond it nobody knows which one is right: the process says
-    /// that it is not ready, nothing is dropped, and readings are accepted that either clock accepts.
+    /// Maximum difference between this machine's clock and the primary's. Beyond it the right clock is
+    /// unknown: the process reports that it is not ready, drops nothing, and accepts readings that either
+    /// clock accepts.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_clock_offset: Duration,
@@ -153,11 +160,13 @@ pub struct IngestSettings {
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub dead_letter_retention: Duration,
-    /// Most that `dead_letters` may take on disk, with its indexes. Above it the oldest day is dropped. When the current day alone takes
-    /// half of it, payloads are no longer stored (their length and SHA-256 are); at three quarters letters are only counted.
+    /// Maximum size of `dead_letters` on disk, including indexes. Above it the oldest day is dropped. When
+    /// the current day alone uses half of it, payloads are no longer stored (only their length and SHA-256).
+    /// At three quarters dead letters are only counted.
     #[schemars(with = "String", extend("format" = "size"))]
     pub dead_letter_max_bytes: ByteSize,
-    /// Load reports of web sites (`site_activity`) older than this are deleted. `mqtt-consumer` does it, as the owner of the tables.
+    /// Load reports of web sites (`site_activity`) older than this are deleted. `mqtt-consumer` deletes them,
+    /// because it owns the tables.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub site_activity_retention: Duration,

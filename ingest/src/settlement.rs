@@ -70,7 +70,7 @@ impl Settlements {
         self.state().open.insert(ticket, oldest);
     }
 
-    /// How long the oldest message that is not committed has been here. Zero when all are.
+    /// Age of the oldest uncommitted message since its receipt. Zero when all are.
     #[must_use]
     pub fn oldest(&self) -> Duration {
         self.state().open.values().min().map(Instant::elapsed).unwrap_or_default()

@@ -25,7 +25,7 @@ use report::Samples;
 /// Options of `bench`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchArgs {
-    /// Times every row is measured; the median counts
+    /// Number of measurements per row; the median is reported
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub rounds: u32,
     /// Messages per measurement
@@ -34,7 +34,7 @@ pub struct BenchArgs {
     /// Only these rows; may be repeated [default: all]
     #[arg(long, value_name = "ROW")]
     pub only: Vec<Row>,
-    /// Where the medians go, as JSON
+    /// File for the medians, as JSON
     #[arg(long, value_name = "FILE", default_value = "target/bench.json")]
     pub json: PathBuf,
     /// Extra settings for mqtt-consumer; may be repeated [example: --set ingest.max_rows=10000]

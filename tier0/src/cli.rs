@@ -16,22 +16,22 @@ use crate::home::Home;
 use crate::up::args::UpArgs;
 use crate::{commands, docs, up};
 
-/// Starts, watches and checks the whole system on one machine: real servers as children of this command, with their
-/// data below .tier0/, never touching what runs system-wide.
+/// Starts, monitors and verifies the whole system on one machine. The servers are child processes of this
+/// command, with their data below .tier0/. System-wide services are not touched.
 #[derive(Debug, Parser)]
 #[command(
     version,
     after_help = "Examples:
   tier0 up                               100,000 devices, every 5 s each, until Ctrl-C
   tier0 up --for 60s --fresh             one minute on empty tables, then the verdict
-  tier0 up --without device-simulator    bring your own client: mosquitto_pub -t og/field/SITE/TYPE/ID -m ...
+  tier0 up --without device-simulator    use your own client: mosquitto_pub -t og/field/SITE/TYPE/ID -m ...
   tier0 status                           regions, roles, lag, processes
   tier0 failover region2                 make the other region the primary
   tier0 psql                             SQL on the primary while it runs (and after)
   tier0 logs mqtt-consumer -f"
 )]
 pub struct Cli {
-    /// Where state and data are kept
+    /// Directory for state and data
     #[arg(long, global = true, value_name = "DIR", env = "TIER0_DIR", default_value = ".tier0")]
     dir: PathBuf,
     #[command(subcommand)]
@@ -40,18 +40,18 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start everything, show it live, and check the ledger at the end
+    /// Start the whole system, show it live, and verify the ledger at the end
     #[command(
         after_help = "Ctrl-C drains: the simulator waits for its acknowledgements, the consumer commits what the \
-broker holds, then every device is checked on every node. A second Ctrl-C aborts.
-Exit status: 0 when everything acknowledged is stored exactly once, 1 otherwise, 130 when aborted."
+broker holds, then every device is verified on every node. A second Ctrl-C aborts.
+Exit status: 0 when every acknowledged reading is stored exactly once, 1 otherwise, 130 when aborted."
     )]
     Up(UpArgs),
-    /// What runs: regions, their roles and lag, processes, ports, memory
+    /// Show what is running: regions, roles, lag, processes, ports, memory
     Status,
     /// Make a region the primary
     #[command(
-        after_help = "The old primary becomes a standby; Redis follows. Refused when something acknowledged could be lost.
+        after_help = "The old primary becomes a standby, and Redis follows. Refused when acknowledged data could be lost.
 Exit status: 0 done (or possible, with --dry-run), 1 refused or failed.
 Examples:
   tier0 failover region2 --dry-run
@@ -59,26 +59,26 @@ Examples:
   tier0 failover region2 --json | jq .write_gap_ms"
     )]
     Failover(FailoverArgs),
-    /// Take the world as it is for the truth: this region is the primary
+    /// Tell an orchestrator in doubt that this region is the primary
     #[command(
-        after_help = "For when the orchestrator says that its state is older than the facts: its directory was lost or restored, somebody has
-promoted a region by hand, or a second orchestrator is to take over. Destroys nothing: what may hold readings that the region lacks is kept.
+        after_help = "Use it when the orchestrator reports that its state is in doubt: its directory was lost or restored, somebody promoted a
+region by hand, or a second orchestrator is to take over. Destroys nothing: data that may contain readings the region lacks is kept.
 Exit status: 0 done (or possible, with --dry-run), 1 refused or failed.
 Examples:
   tier0 adopt region2 --dry-run
   tier0 adopt region2 --reason promoted-by-hand"
     )]
     Adopt(AdoptArgs),
-    /// Give up the data of a region that is kept
+    /// Discard the kept data of a region
     #[command(
-        after_help = "Take out what is missing first: docs/runbooks/kept-source.md tells how. Its data is then rewritten from the primary.
+        after_help = "Copy the missing readings first: see docs/runbooks/kept-source.md. The region's data is then rewritten from the primary.
 Exit status: 0 done (or possible, with --dry-run), 1 refused or failed.
 Examples:
   tier0 discard region1 --dry-run
   tier0 discard region1 --reason readings-taken-out"
     )]
     Discard(DiscardArgs),
-    /// End a running `up` in order and wait for it
+    /// Stop a running `up` in order and wait for it
     Down {
         /// Kill at once instead of draining
         #[arg(long)]
@@ -88,65 +88,67 @@ Examples:
     Logs {
         /// region1, region2, mosquitto, rabbitmq, mqtt-consumer, rabbitmq-consumer, device-simulator, user-simulator; without it the names are listed
         name: Option<String>,
-        /// Keep showing what is added
+        /// Follow the log
         #[arg(short, long)]
         follow: bool,
     },
-    /// Measure the pipeline beside the limits of this machine
+    /// Measure the pipeline compared with the limits of this machine
     #[command(
-        after_help = "Starts its own servers on free ports; nothing of `up` is touched. Takes about five minutes.
+        after_help = "Starts its own servers on free ports and does not touch those of `up`. Takes about five minutes.
 Examples:
   tier0 bench
   tier0 bench --only broker-qos1 --only database --only ours-qos1 --rounds 5"
     )]
     Bench(BenchArgs),
-    /// Measure how the rates hold as the table grows, and draw them
+    /// Measure how the rates change as the table grows, and draw a chart
     #[command(
         after_help = "Starts its own servers on free ports. 50 million rows take about fifteen minutes and 80 GB of disk for both nodes.
 Example:
   tier0 bench-growth --rows 10000000 --step 1000000 --chart growth.svg"
     )]
     BenchGrowth(GrowthArgs),
-    /// Measure user activity through RabbitMQ beside the broker's limit
+    /// Measure user activity through RabbitMQ compared with the broker's limit
     BenchSessions(BenchSessionsArgs),
-    /// Measure how long nobody can write when a region is lost, beside what Postgres itself needs
+    /// Measure the write gap of failovers compared with the floor: kill and promote by hand
     #[command(
-        after_help = "Starts its own servers on free ports; nothing of `up` is touched. About eight minutes with the defaults.
-Promised: median write gap at most 1 s planned, 0.25 s postmaster killed, 0.5 s node killed, 1.5 s node frozen; Redis within
-5 s; every operation in less than 5 s; nothing lost, nothing stored twice. Each that is not kept is one line, NOT KEPT ..
-Exit status: 0 all kept, or --no-bounds; 1 not kept, or the run failed.
+        after_help = "Starts its own servers on free ports and does not touch those of `up`. About eight minutes with the defaults.
+Limits: median write gap compared with the floor of the same run at most 3.3 times planned, 1.7 times postmaster killed, 2.2 times
+node killed, 0.8 s more node frozen; worst gap 2.5 times the median; rejoin in 5 s (worst 10 s); Redis within 5 s; every operation in less
+than 5 s; nothing lost, nothing stored twice. Each limit that is exceeded is one line, NOT KEPT ..
+Exit status: 0 all limits kept, or --no-bounds; 1 a limit exceeded, or the run failed.
 Examples:
   tier0 bench-failover
   tier0 bench-failover --only postmaster_kill --only floor --rounds 20
   tier0 bench-failover --rounds 1 --rate 1000 --no-bounds"
     )]
     BenchFailover(bench::failover::FailoverBenchArgs),
-    /// Break things on purpose under load and check that nothing is lost
+    /// Inject faults under load and check that nothing is lost
     Drill {
         #[command(subcommand)]
         drill: Drill,
     },
-    /// Write the files that are made from the code: config/tier0.toml, docs/configuration.md, docs/metrics.md
+    /// Write the files that are generated from the code: config/tier0.toml, docs/configuration.md,
+    /// docs/metrics.md
     #[command(hide = true)]
     Docs,
-    /// Open psql on one node; nodes that do not run are started for the session
+    /// Open psql on one node; nodes that are not running are started for the session
     Psql {
         /// `primary` or `standby`, whichever node that is now; or `region1`, `region2`
         #[arg(default_value = "primary", value_name = "NODE")]
         node: String,
-        /// As the superuser instead of as the owner of tier0_db
+        /// Connect as the superuser instead of the owner of tier0_db
         #[arg(long)]
         admin: bool,
-        /// What follows goes to psql [example: tier0 psql region2 -- -c 'SELECT 1']
+        /// Arguments for psql [example: tier0 psql region2 -- -c 'SELECT 1']
         #[arg(last = true)]
         args: Vec<String>,
     },
-    /// Check the ledger of the last run against the tables, device by device, on every node
+    /// Compare the ledger of the last run with the tables, device by device, on every node
     Verify {
         /// Print the report as JSON
         #[arg(long)]
         json: bool,
-        /// Another ledger than that of the last run
+        /// Use another ledger than that of the last run
         #[arg(long, value_name = "FILE")]
         ledger: Option<PathBuf>,
     },

@@ -11,7 +11,8 @@ use clap::Subcommand;
 /// Which drill.
 #[derive(Debug, Subcommand)]
 pub enum Drill {
-    /// Take each part away for a while under load; nothing acknowledged may be lost or stored twice
+    /// Make each component unavailable for a while under load; nothing acknowledged may be lost or stored
+    /// twice
     #[command(
         after_help = "Each scenario has fresh servers on free ports. With the defaults all of them take about half \
 an hour.

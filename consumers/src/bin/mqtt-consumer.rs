@@ -20,8 +20,8 @@ use service::settings::SettingsArgs;
 use service::traces::Tracer;
 use service::{http, process};
 
-/// Takes device telemetry from an MQTT 5 broker and commits it to Postgres; a message is acknowledged only after its
-/// readings are committed on the primary and its synchronous standby.
+/// Consumes device telemetry from an MQTT 5 broker and commits it to Postgres. A message is acknowledged only
+/// after its readings are committed on the primary and its synchronous standby.
 #[derive(Parser)]
 #[command(
     version,
@@ -32,14 +32,15 @@ use service::{http, process};
   mqtt-consumer --leave --set mqtt_consumer.client_id=member-b --set mqtt_consumer.filter='$share/ingest/og/field/#'
   mqtt-consumer --replay-dead-letters --reason timestamp_out_of_range --since 2d --dry-run
 
-SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
-Exit status: 0 drained (with --leave: left; with --replay-dead-letters: all looked at), 1 failed, 78 bad settings."
+SIGTERM drains: reading stops, received messages are committed and acknowledged, then the process exits.
+Exit status: 0 drained (with --leave: left; with --replay-dead-letters: all processed), 1 failed, 78 invalid settings."
 )]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,
-    /// Leave for good: unsubscribe the stopped member of this client id, commit what the broker holds for it, end its
-    /// session, exit. Without this a member that is not started again is dealt messages that nobody reads
+    /// Remove the stopped member with this client id permanently: unsubscribe it, commit what the broker
+    /// holds for it, end its session, and exit. Without this, the broker keeps sending messages to a member
+    /// that is not started again
     #[arg(long)]
     leave: bool,
     #[command(flatten)]

@@ -17,8 +17,8 @@ use service::settings::SettingsArgs;
 use service::traces::Tracer;
 use service::{http, process};
 
-/// Takes user activity from a RabbitMQ queue and keeps the newest state of each session in Postgres; a message is
-/// acknowledged only after what it says is committed on the primary and its synchronous standby.
+/// Consumes user activity from a RabbitMQ queue and stores the newest state of each session in Postgres. A
+/// message is acknowledged only after its content is committed on the primary and its synchronous standby.
 #[derive(Parser)]
 #[command(
     version,
@@ -28,15 +28,16 @@ use service::{http, process};
   TIER0__RABBITMQ__PASSWORD_FILE=/run/secrets/rabbit rabbitmq-consumer --set rabbitmq.username=tier0
   rabbitmq-consumer --print-config
 
-SIGTERM drains: nothing more is read, what was read is committed and acknowledged, then the process ends.
-A queue that is there is used as it is; what is missing is made, unless rabbitmq.declare=false.
-Exit status: 0 drained, 1 failed (also when the queue is a stream), 78 bad settings."
+SIGTERM drains: reading stops, received messages are committed and acknowledged, then the process exits.
+An existing queue is used unchanged. Missing queues are created unless rabbitmq.declare=false.
+Exit status: 0 drained, 1 failed (also when the queue is a stream), 78 invalid settings."
 )]
 struct Args {
     #[command(flatten)]
     settings: SettingsArgs,
-    /// Instead of consuming: removes the copies of refused messages from the dead-letter queue, and nothing else. Each has its
-    /// row in the table dead_letters. Events that the broker itself has moved there are put back into their queue.
+    /// Remove the copies of refused messages from the dead-letter queue, and nothing else, instead of
+    /// consuming. Each has a row in the table dead_letters. Events that the broker moved there are put back
+    /// into their queue.
     #[arg(long)]
     discard_refused: bool,
 }

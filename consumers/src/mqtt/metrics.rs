@@ -46,15 +46,15 @@ impl SourceMetrics {
             )?,
             sessions_lost: IntCounter::new(
                 "mqtt_sessions_lost_total",
-                "Times the broker had no session for this client id where there should have been one",
+                "Times the broker had no session for this client id although one existed before",
             )?,
             session_lost_at: Gauge::new(
                 "mqtt_session_lost_timestamp_seconds",
-                "When the broker was last found to have lost the session, also by an earlier process; 0: never",
+                "Time at which the broker was last found to have lost the session, also by an earlier process; 0: never",
             )?,
             session_expiry: IntGauge::new(
                 "mqtt_session_expiry_seconds",
-                "How long the broker keeps the session of this consumer when it is away",
+                "Time for which the broker keeps the session of this consumer after it disconnects",
             )?,
             paused: IntCounter::new(
                 "mqtt_reading_paused_total",
@@ -62,7 +62,7 @@ impl SourceMetrics {
             )?,
             unanswerable: IntCounter::new(
                 "mqtt_unanswerable_total",
-                "Messages of the broker without a readable packet id: skipped, not acknowledged, and kept by the broker",
+                "Messages without a readable packet id: skipped, not acknowledged, and kept by the broker",
             )?,
             stale_acknowledgements: IntCounter::new(
                 "mqtt_stale_acknowledgements_total",

@@ -29,29 +29,31 @@ pub struct MqttConsumerSettings {
     pub mqtt_consumer: ConsumerSettings,
 }
 
-/// What `mqtt-consumer` subscribes to, and how.
+/// Subscription and session of `mqtt-consumer`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConsumerSettings {
-    /// Names the session in which the broker keeps messages while the consumer is away: stable over restarts, unique.
+    /// Name of the session in which the broker keeps messages while the consumer is down. Must be unique and
+    /// the same after a restart.
     pub client_id: String,
-    /// What to subscribe to. For several consumers `$share/NAME/og/field/#`; one that is not started again must leave:
-    /// `mqtt-consumer --leave` (docs/outages.md).
+    /// Topic filter to subscribe to. For several consumers use `$share/NAME/og/field/#`. A member that is not
+    /// started again must leave: `mqtt-consumer --leave` (docs/outages.md).
     pub filter: String,
-    /// Messages the broker may have outstanding towards this consumer.
+    /// Maximum number of unacknowledged messages that the broker sends to this consumer.
     pub receive_maximum: u16,
-    /// Largest packet the broker may send; above its own limit, or it would drop larger ones in silence.
+    /// Maximum size of a packet from the broker. Must be above the broker's own limit; otherwise the broker
+    /// drops larger packets without notice.
     #[schemars(with = "String", extend("format" = "size"))]
     pub max_packet: ByteSize,
-    /// How long the broker keeps the session of an absent consumer; at least an hour.
+    /// Time for which the broker keeps the session of a disconnected consumer; at least an hour.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub session_expiry: Duration,
-    /// Longest drain after SIGTERM. What is not committed then stays with the broker.
+    /// Maximum time to drain after SIGTERM. Uncommitted messages stay with the broker.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
-    /// Bring the schema up to date at start.
+    /// Migrate the schema at start.
     pub migrate: bool,
 }
 

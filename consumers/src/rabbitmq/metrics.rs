@@ -44,37 +44,37 @@ impl SourceMetrics {
             )?,
             requeued: IntCounter::new(
                 "rabbitmq_requeued_total",
-                "Times everything unacknowledged went back to the queue because the database was away too long",
+                "Times all unacknowledged messages were returned to the queue because the database was down too long",
             )?,
             dead_lettered: IntCounterVec::new(
                 Opts::new(
                     "rabbitmq_dead_lettered_total",
-                    "Messages refused and committed to dead_letters: with a copy published to the dead-letter exchange, or without",
+                    "Messages refused and committed to dead_letters, with or without a copy published to the dead-letter exchange",
                 ),
                 &["way"],
             )?,
             returned: IntCounterVec::new(
                 Opts::new(
                     "rabbitmq_returned_total",
-                    "Events that the broker itself had moved to the dead-letter queue and that were put back, by its reason",
+                    "Events that the broker had moved to the dead-letter queue and that were put back, by the broker's reason",
                 ),
                 &["reason"],
             )?,
             queue_deleted: IntCounter::new(
                 "rabbitmq_queue_deleted_total",
-                "Times the queue was gone, with all in it, and was made anew",
+                "Times the queue was deleted with its content and created again",
             )?,
             queue_consumers: IntGauge::new(
                 "rabbitmq_session_queue_consumers",
-                "Consumers of the queue as the broker counts them, this one included",
+                "Consumers of the queue as counted by the broker, including this one",
             )?,
             redelivered: IntCounter::new(
                 "rabbitmq_redelivered_total",
-                "Messages the broker had delivered before, to this consumer or to another",
+                "Messages that the broker had delivered before, to this consumer or another",
             )?,
             window: IntGauge::new(
                 "rabbitmq_prefetch_messages",
-                "Messages the broker may have outstanding, after their size",
+                "Current window of unacknowledged messages, which depends on their size",
             )?,
             held_back: IntCounter::new(
                 "rabbitmq_held_back_total",

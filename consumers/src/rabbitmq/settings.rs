@@ -25,32 +25,32 @@ pub struct RabbitConsumerSettings {
     pub rabbitmq_consumer: ConsumerSettings,
 }
 
-/// How `rabbitmq-consumer` takes messages.
+/// Consumption and batching of `rabbitmq-consumer`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConsumerSettings {
-    /// Most messages the broker may have outstanding towards this consumer; fewer when they are large
-    /// (`rabbitmq_consumer.prefetch_bytes`). A batch holds at most half.
+    /// Maximum number of unacknowledged messages that the broker sends to this consumer; fewer when they are
+    /// large (`rabbitmq_consumer.prefetch_bytes`). A batch contains at most half of them.
     pub prefetch: u16,
-    /// Bytes of messages that may wait in the connection, and again in the queue behind it (instead of a larger
-    /// `ingest.queue_bytes`). The process needs about five times this at worst.
+    /// Maximum size of messages that wait in the connection, and again in the queue behind it (instead of a
+    /// larger `ingest.queue_bytes`). The process needs at most about five times this.
     #[schemars(with = "String", extend("format" = "size"))]
     pub prefetch_bytes: ByteSize,
-    /// A batch closes when its oldest message has waited so long; instead of `ingest.max_age`, and longer: the more events of
-    /// a session fold into one row, the less Postgres has to do.
+    /// A batch closes when its oldest message has waited this long. Replaces `ingest.max_age`. It is longer
+    /// because Postgres has less work when more events of a session merge into one row.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_age: Duration,
-    /// What cannot be committed for so long goes back to the queue, where another consumer may have more luck. Below the
-    /// broker's `consumer_timeout` (30 min), at which it would close the channel.
+    /// Messages that cannot be committed for this long are returned to the queue, where another consumer may
+    /// succeed. Must be below the broker's `consumer_timeout` (30 min), after which it closes the channel.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub requeue_after: Duration,
-    /// Longest drain after SIGTERM. What is not committed then stays with the broker.
+    /// Maximum time to drain after SIGTERM. Uncommitted messages stay with the broker.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
-    /// Bring the schema up to date at start.
+    /// Migrate the schema at start.
     pub migrate: bool,
 }
 

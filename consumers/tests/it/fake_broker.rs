@@ -367,7 +367,7 @@ impl Rig {
         self.source_metrics.connections_ended.with_label_values(&[reason]).get()
     }
 
-    /// Messages taken from the broker that still occupy room.
+    /// Messages received from the broker that still occupy room.
     pub(crate) fn held(&self) -> usize {
         self.receiver.level().messages()
     }

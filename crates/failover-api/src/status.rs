@@ -25,9 +25,9 @@ pub struct Status {
     pub writers_see: Option<Node>,
     pub mode: Mode,
     pub copies: Copies,
-    /// Standbys that hold every acknowledged commit.
+    /// Standbys that have every acknowledged commit.
     pub sync_set: BTreeSet<Node>,
-    /// Standbys each commit waits for.
+    /// Standbys for which each commit waits.
     pub wait_for: BTreeSet<Node>,
     pub nodes: Vec<NodeReport>,
     pub redis: RedisReport,

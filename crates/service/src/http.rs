@@ -21,9 +21,10 @@ use crate::health::Health;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpSettings {
-    /// Address to listen on; only this machine unless set otherwise.
+    /// Address to listen on. The default accepts connections from this machine only.
     pub bind: IpAddr,
-    /// 0 takes a free one, which the log names; `failover-orchestrator` takes 8003, `tier0 up` gives 9101, 9102 ..
+    /// 0 selects a free port, which is logged. `failover-orchestrator` uses 8003; `tier0 up` assigns 9101,
+    /// 9102 ..
     pub port: u16,
 }
 

@@ -9,9 +9,9 @@ use tracing_subscriber::filter::ParseError;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LogSettings {
-    /// `json` is one object a line.
+    /// `json` writes one object per line.
     pub format: LogFormat,
-    /// Which levels, for all or by part: `info`, or `info,ingest=debug`.
+    /// Log levels, for all modules or for each module: `info`, or `info,ingest=debug`.
     pub filter: String,
 }
 

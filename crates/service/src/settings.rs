@@ -39,13 +39,13 @@ pub const EXIT_CONFIG: u8 = 78;
 /// Command-line options every process takes. Flatten into the process' own `clap` struct.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct SettingsArgs {
-    /// Settings file (TOML); without it built-in defaults hold
+    /// Settings file (TOML); without it the built-in defaults apply
     #[arg(long, value_name = "FILE", env = "TIER0_CONFIG", help_heading = "Settings")]
     pub config: Option<PathBuf>,
     /// Override one setting; may be repeated [example: --set mqtt.port=1884]
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE", help_heading = "Settings")]
     pub overrides: Vec<String>,
-    /// Print the settings in force, secrets hidden, and exit
+    /// Print the effective settings without secrets and exit
     #[arg(long, help_heading = "Settings")]
     pub print_config: bool,
 }

@@ -24,13 +24,14 @@ use crate::process::Process;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TraceSettings {
-    /// The collector's OTLP endpoint over HTTP, for instance `http://127.0.0.1:4318`. Empty: nothing is traced.
+    /// The collector's OTLP endpoint over HTTP, for example `http://127.0.0.1:4318`. Empty: tracing is off.
     pub endpoint: String,
-    /// Share of the uneventful that is sent, from 0 to 1. What failed, was tried again or moved the primary always is.
+    /// Sampling ratio for routine batches, from 0 to 1. Batches that failed or were retried, and changes of
+    /// the primary, are always sent.
     pub sample: f64,
-    /// Spans held for the collector at most; what comes on top is dropped and counted.
+    /// Maximum number of spans queued for the collector. Further spans are dropped and counted.
     pub queue: usize,
-    /// Longest wait for the collector to take up to 512 spans, all tries together.
+    /// Maximum time for the collector to accept up to 512 spans, all attempts together.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub timeout: Duration,
@@ -170,11 +171,11 @@ struct Metrics {
 impl Metrics {
     fn new(registry: &Registry) -> prometheus::Result<Self> {
         let metrics = Self {
-            exported: IntCounter::new("traces_exported_spans_total", "Spans the collector has taken")?,
+            exported: IntCounter::new("traces_exported_spans_total", "Spans that the collector accepted")?,
             dropped: IntCounterVec::new(
                 Opts::new(
                     "traces_dropped_spans_total",
-                    "Spans dropped because the queue for the collector was full, or because it did not take them",
+                    "Spans dropped because the queue for the collector was full, or because the collector did not accept them",
                 ),
                 &["reason"],
             )?,

@@ -64,10 +64,11 @@ pub struct Ledger {
     pub unknown: Vec<(String, i64)>,
     /// Messages sent but not acknowledged that would end as a dead letter if the broker took them.
     pub unknown_dead_letters: u64,
-    /// Messages the broker did not accept, by its reason. They are nowhere, and nobody was promised otherwise.
+    /// Messages that the broker did not accept, by its reason. They are nowhere, and nobody was promised
+    /// otherwise.
     #[serde(default)]
     pub refused: BTreeMap<String, u64>,
-    /// Messages never made because they were due too long ago.
+    /// Messages skipped because they were due too long ago.
     #[serde(default)]
     pub skipped: u64,
     /// Messages sent again because a connection was lost.

@@ -5,25 +5,25 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How to reach the MQTT broker.
+/// Connection to the MQTT broker.
 // `P` is the type that keeps the password from logs; this crate has none of its own, the processes put
 // `service::secret::Secret` in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct MqttSettings<P: Default> {
-    /// Name or address of the broker.
+    /// Host name or address of the broker.
     pub host: String,
-    /// Its port, without TLS.
+    /// Port of the broker, without TLS.
     pub port: u16,
     /// Empty: the client sends neither user name nor password.
     pub username: String,
     /// Sent with `username`.
     pub password: P,
-    /// Longest silence before a ping. The broker gives a client up after 1.5 times this.
+    /// Maximum idle time before a ping. The broker disconnects a client after 1.5 times this.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub keep_alive: Duration,
-    /// Longest wait for TCP and CONNACK together.
+    /// Maximum time for TCP and CONNACK together.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub connect_timeout: Duration,

@@ -30,32 +30,34 @@ impl QueueType {
     }
 }
 
-/// How to reach RabbitMQ, and which queue.
+/// Connection to RabbitMQ, and the queue.
 // `P` is the type that keeps the password from logs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RabbitSettings<P: Default> {
-    /// Name or address of the broker.
+    /// Host name or address of the broker.
     pub host: String,
-    /// Its port for AMQP, without TLS.
+    /// Port of the broker for AMQP, without TLS.
     pub port: u16,
-    /// The virtual host that holds the queue.
+    /// Virtual host of the queue.
     pub vhost: String,
-    /// `guest` with an empty password is RabbitMQ's own first account, which only this machine may use.
+    /// `guest` with an empty password is RabbitMQ's default account, which only this machine may use.
     pub username: String,
-    /// Empty: the user's name is its password too, as `guest`'s is.
+    /// Empty: the password is the user name, as for `guest`.
     pub password: P,
-    /// Where user activity waits; `webapp_active_users` is a second well-known name. Dead letters go to `QUEUE.dead-letter`.
+    /// Queue of user activity. `webapp_active_users` is a second well-known name. Dead letters go to
+    /// `QUEUE.dead-letter`.
     pub queue: String,
-    /// Kind of the queue, and of the one for its dead letters, when they are made; those that are there are used as they are.
+    /// Type of the queue and of its dead-letter queue when they are created. Existing queues are used
+    /// unchanged.
     pub queue_type: QueueType,
-    /// Create what is missing. `false`: wait for the queue until somebody else has made it.
+    /// Create missing queues. `false`: wait until the queue exists.
     pub declare: bool,
-    /// A side that is silent for twice this is given up.
+    /// A peer that is silent for twice this time is disconnected.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub heartbeat: Duration,
-    /// Longest wait for TCP, login and declaring together.
+    /// Maximum time for TCP, login and declaration together.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub connect_timeout: Duration,

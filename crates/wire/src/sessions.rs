@@ -31,7 +31,7 @@ pub struct SessionLedger {
     pub complete: bool,
     pub started_us: i64,
     pub ended_us: i64,
-    /// Messages the broker confirmed, of every kind.
+    /// Messages that the broker confirmed, of every kind.
     pub confirmed: u64,
     /// Confirmed messages that had been published before.
     pub repeated: u64,

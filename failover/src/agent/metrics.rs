@@ -24,11 +24,11 @@ impl Metrics {
             )?,
             order_seconds: Histogram::with_opts(HistogramOpts::new(
                 "region_agent_order_seconds",
-                "Time to carry an order out",
+                "Time to carry out an order",
             ))?,
             unauthorized: prometheus::IntCounter::new(
                 "region_agent_unauthorized_total",
-                "Requests without the token",
+                "Requests without a valid token",
             )?,
             up: IntGauge::new("region_agent_postgres_up", "1 while the postmaster runs and answers")?,
             writable: IntGauge::new("region_agent_postgres_writable", "1 while Postgres is not in recovery")?,

@@ -21,25 +21,25 @@ pub struct AgentSettings {
     pub region_agent: RegionAgent,
 }
 
-/// The agent beside each Postgres, which is its parent.
+/// The agent of each Postgres, which is its parent process.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RegionAgent {
-    /// Name of this node: its region, its slot, its `application_name`.
+    /// Name of this node. It is also its region, its slot and its `application_name`.
     pub node: String,
-    /// Data directory of Postgres. Belongs to `account`.
+    /// Data directory of Postgres, owned by `account`.
     #[schemars(extend("format" = "path"))]
     pub data: PathBuf,
-    /// Directory of the agent's own, beside the data: what must survive a rebuild of it.
+    /// Directory for the agent's own state, which must survive a rebuild of the data directory.
     #[schemars(extend("format" = "path"))]
     pub state: PathBuf,
     /// Directory of Postgres' programs.
     #[schemars(extend("format" = "path"))]
     pub bin: PathBuf,
-    /// Where the postmaster's standard error goes.
+    /// File for the postmaster's standard error.
     #[schemars(extend("format" = "path"))]
     pub postgres_log: PathBuf,
-    /// Whom Postgres runs as when the agent is root; ignored otherwise.
+    /// Account that runs Postgres when the agent is root; ignored otherwise.
     pub account: String,
     /// Address at which the agent reaches its Postgres.
     pub host: String,
@@ -49,21 +49,21 @@ pub struct RegionAgent {
     pub user: String,
     /// Its password; must be set.
     pub password: Secret,
-    /// The role that streams WAL, and by which `pg_rewind` reads.
+    /// Role that streams WAL, and that `pg_rewind` uses to read.
     pub replication_user: String,
     /// Its password; must be set.
     pub replication_password: Secret,
-    /// What the orchestrator shows with each request. At least 16 characters; no default.
+    /// Token that the orchestrator sends with each request. At least 16 characters; no default.
     pub token: Secret,
-    /// How often Postgres is asked how it is.
+    /// Interval between status queries to Postgres.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub sample_every: Duration,
-    /// How often the primary commits a marker, by which a loss would be seen.
+    /// Interval at which the primary commits a marker, which makes a loss detectable.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub mark_every: Duration,
-    /// Longest fast stop when the agent is asked to end.
+    /// Maximum time for a fast stop of Postgres when the agent is asked to end.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,

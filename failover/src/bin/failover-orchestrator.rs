@@ -26,8 +26,8 @@ use service::settings::SettingsArgs;
 use service::traces::Tracer;
 use service::{http, process};
 
-/// Watches the regions' Postgres through their agents, fails over when the primary is gone, and serves the API on
-/// port 8003. Writers do not need it to be alive.
+/// Monitors the Postgres servers of the regions through their agents, fails over when the primary is lost,
+/// and serves the API on port 8003. Writers work without it.
 #[derive(Parser)]
 #[command(
     version,
@@ -37,8 +37,8 @@ use service::{http, process};
   curl -H \"Authorization: Bearer $TOKEN\" -X POST 'http://127.0.0.1:8003/failover/region2?dry_run=true'
   failover-orchestrator --print-config
 
-A second one on the same directory refuses to start. kill -9 at any moment is harmless: a failover under way is finished
-or undone at the next start. Exit status: 0 ended when asked, 1 failed, 78 bad settings."
+A second orchestrator on the same directory refuses to start. kill -9 at any moment is harmless: a failover under way is
+finished or rolled back at the next start. Exit status: 0 stopped on request, 1 failed, 78 invalid settings."
 )]
 struct Args {
     #[command(flatten)]

@@ -20,8 +20,8 @@ use service::{http, process};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-/// Runs one Postgres: starts, stops, promotes, rewinds and clones it when the orchestrator orders so, and reports every
-/// change at once. It starts nothing by itself.
+/// Runs one Postgres server: starts, stops, promotes, rewinds and clones it on the orchestrator's orders, and
+/// reports every change at once. It decides nothing itself.
 #[derive(Parser)]
 #[command(
     version,
@@ -30,8 +30,8 @@ use tokio_util::task::TaskTracker;
   TIER0__REGION_AGENT__REPLICATION_PASSWORD_FILE=/run/secrets/replicator region-agent --config config/tier0.toml
   region-agent --print-config
 
-SIGTERM stops its Postgres (fast) and ends. When the agent dies otherwise, the kernel tells Postgres to stop.
-Exit status: 0 ended when asked, 1 failed, 78 bad settings."
+SIGTERM stops Postgres (fast), then the agent exits. If the agent dies in another way, the kernel tells Postgres to stop.
+Exit status: 0 stopped on request, 1 failed, 78 invalid settings."
 )]
 struct Args {
     #[command(flatten)]

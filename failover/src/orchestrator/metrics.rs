@@ -54,17 +54,17 @@ impl Metrics {
         let metrics = Self {
             duration: histogram(
                 "failover_duration_seconds",
-                "Duration of each phase, and of all as phase=total",
+                "Duration of each phase; phase=total is the whole failover",
                 &["phase"],
             )?,
             failovers: IntCounterVec::new(
-                Opts::new("failover_failovers_total", "Changes of the primary by kind and outcome"),
+                Opts::new("failover_failovers_total", "Changes of the primary, by kind and outcome"),
                 &["kind", "outcome"],
             )?,
             write_gap: prometheus::Histogram::with_opts(
                 HistogramOpts::new(
                     "failover_write_gap_seconds",
-                    "From the source's end to the first commit on the target",
+                    "Time from the source's end to the first commit on the target",
                 )
                 .buckets(buckets.clone()),
             )?,
@@ -75,47 +75,54 @@ impl Metrics {
             )?,
             last_gap: Gauge::new(
                 "failover_last_write_gap_seconds",
-                "Gap in writes of the last failover; 0 when it is not known",
+                "Write gap of the last failover; 0 when it is unknown",
             )?,
             last_ended: Gauge::new(
                 "failover_last_timestamp_seconds",
                 "When the last failover ended, seconds since 1970; 0: never",
             )?,
             lag_bytes: GaugeVec::new(
-                Opts::new("failover_replication_lag_bytes", "WAL the standby has not flushed"),
+                Opts::new("failover_replication_lag_bytes", "WAL that the standby has not flushed"),
                 &["node"],
             )?,
             role: IntGaugeVec::new(
-                Opts::new("failover_node_role", "1 for the role a node has"),
+                Opts::new("failover_node_role", "1 for the current role of a node"),
                 &["node", "role"],
             )?,
             agent_silence: GaugeVec::new(
-                Opts::new("failover_agent_silence_seconds", "Since the agent last answered"),
+                Opts::new("failover_agent_silence_seconds", "Time since the agent last answered"),
                 &["node"],
             )?,
-            probe: histogram("failover_probe_seconds", "Time Postgres took to answer our probe", &["node"])?,
+            probe: histogram(
+                "failover_probe_seconds",
+                "Time Postgres took to answer the orchestrator's probe",
+                &["node"],
+            )?,
             sync_set: IntGauge::new(
                 "failover_sync_set_size",
-                "Standbys that hold every acknowledged commit",
+                "Standbys that have every acknowledged commit",
             )?,
-            wait_for: IntGauge::new("failover_wait_for_size", "Standbys each commit waits for")?,
-            epoch: IntGauge::new("failover_epoch", "Number of the current configuration")?,
+            wait_for: IntGauge::new("failover_wait_for_size", "Standbys for which each commit waits")?,
+            epoch: IntGauge::new("failover_epoch", "Current epoch")?,
             auto: IntGauge::new("failover_mode_auto", "1 in mode auto, 0 when paused")?,
             alarms: IntGauge::new("failover_alarms", "Alarms as shown by GET /status")?,
             doubts: IntGauge::new(
                 "failover_doubts",
-                "Reasons to think that the orchestrator's state is older than the facts; above 0 it does nothing",
+                "Reasons why the orchestrator's state is in doubt; above 0 it gives no orders",
             )?,
             kept: IntGaugeVec::new(
-                Opts::new("failover_kept", "1 while a node's data is not rewritten until POST /discard"),
+                Opts::new(
+                    "failover_kept",
+                    "1 while a node's data is kept and not rewritten until POST /discard",
+                ),
                 &["node"],
             )?,
             replay_bytes: IntGaugeVec::new(
-                Opts::new("failover_replay_bytes", "WAL that a standby has received and not replayed"),
+                Opts::new("failover_replay_bytes", "WAL that a standby has received but not replayed"),
                 &["node"],
             )?,
             actions: IntCounterVec::new(
-                Opts::new("failover_actions_total", "Upkeep by action and outcome"),
+                Opts::new("failover_actions_total", "Upkeep actions, by action and outcome"),
                 &["action", "outcome"],
             )?,
             redis_up: IntGauge::new(
@@ -124,12 +131,9 @@ impl Metrics {
             )?,
             redis_follows: IntGauge::new(
                 "failover_redis_follows",
-                "1 while the Redis master is in the region of the primary, by its own word and by most Sentinels'",
+                "1 while the Redis master is in the region of the primary, according to the instance and to most Sentinels",
             )?,
-            unauthorized: IntCounter::new(
-                "failover_unauthorized_total",
-                "Requests with no or a wrong token",
-            )?,
+            unauthorized: IntCounter::new("failover_unauthorized_total", "Requests without a valid token")?,
         };
         registry.register(Box::new(metrics.duration.clone()))?;
         registry.register(Box::new(metrics.failovers.clone()))?;

@@ -29,7 +29,7 @@ pub struct OrchestratorSettings {
     pub redis: RedisSettings,
 }
 
-/// Who is watched, and how callers show that they may change something.
+/// The nodes, and the tokens.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Orchestrator {
@@ -38,32 +38,34 @@ pub struct Orchestrator {
     pub dir: PathBuf,
     /// All nodes: `name=POSTGRES_HOST:PORT/AGENT_HOST:PORT`, separated by commas.
     pub nodes: String,
-    /// Who is primary when there is no state yet and the nodes' data does not tell.
+    /// Primary to use when there is no state yet and the nodes' data does not determine it.
     pub first_primary: String,
-    /// What callers show to change something. At least 16 characters; no default.
+    /// Token required for requests that change something. At least 16 characters; no default.
     pub token: Secret,
-    /// What we show to the agents.
+    /// Token that the orchestrator sends to the agents.
     pub agent_token: Secret,
-    /// A role that may log in to database `postgres`, for our own probes. Needs no rights.
+    /// Role for the orchestrator's own probes. It must be able to log in to database `postgres` and needs no
+    /// other rights.
     pub monitor_user: String,
     /// Its password.
     pub monitor_password: Secret,
-    /// After a failover: acknowledge with one copy (`available`), or only when a standby has it too (`two_copies`).
+    /// After a failover: acknowledge with one copy (`available`), or only when a standby has the commit too
+    /// (`two_copies`).
     pub copies: Copies,
     pub policy: Policy,
-    /// How often each agent answers although nothing has changed.
+    /// Interval at which each agent answers when nothing has changed.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub heartbeat: Duration,
-    /// How often each Postgres is asked by ourselves whether it answers.
+    /// Interval of the orchestrator's own probes of each Postgres.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub probe_every: Duration,
-    /// Longest wait for tasks when asked to end.
+    /// Maximum time for tasks to end.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
-    /// Requests that change something, per minute.
+    /// Maximum number of requests per minute that change something.
     pub max_requests_per_minute: u32,
 }
 
@@ -87,15 +89,15 @@ impl Default for Orchestrator {
     }
 }
 
-/// Redis behind Sentinel, which follows the region.
+/// Redis behind Sentinel, which follows the region of the primary.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RedisSettings {
-    /// `host:port` of each Sentinel, separated by commas. Empty: there is no Redis.
+    /// `host:port` of each Sentinel, separated by commas. Empty: Redis is not used.
     pub sentinels: String,
     /// Name of the master in the Sentinels.
     pub master: String,
-    /// Which Redis belongs to which region: `name=host:port`, separated by commas.
+    /// The Redis instance of each region: `name=host:port`, separated by commas.
     pub instances: String,
     /// Password of Redis.
     pub password: Secret,

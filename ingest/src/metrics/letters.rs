@@ -22,27 +22,27 @@ impl LetterMetrics {
         let metrics = Self {
             bytes: gauge(
                 "ingest_dead_letters_bytes",
-                "What dead_letters takes on disk, with its indexes; 0 unless elected to the upkeep, so take the maximum",
+                "Size of dead_letters on disk, including indexes; 0 unless elected to the upkeep, so use the maximum",
             )?,
             max_bytes: gauge(
                 "ingest_dead_letters_max_bytes",
-                "What it may take (ingest.dead_letter_max_bytes); 0 unless elected",
+                "Maximum size of dead_letters (ingest.dead_letter_max_bytes); 0 unless elected",
             )?,
             rows: gauge(
                 "ingest_dead_letters_rows",
-                "Letters in it, by the server's statistics; 0 unless elected",
+                "Rows in dead_letters, from the server's statistics; 0 unless elected",
             )?,
             cut: gauge(
                 "ingest_dead_letters_cut",
-                "What is left out of new letters because the current day takes too much: 0 nothing, 1 payloads, 2 all of it: they are only \
-                 counted; 0 unless elected",
+                "What new dead letters leave out because the current day uses too much space: 0 nothing, 1 payloads, 2 everything (they \
+                 are only counted); 0 unless elected",
             )?,
             dropped: register(
                 registry,
                 IntCounterVec::new(
                     Opts::new(
                         "ingest_dead_letters_dropped_total",
-                        "Dead letters dropped, for their age or for the table's size",
+                        "Dead letters dropped because of their age or the table's size",
                     ),
                     &["cause"],
                 )?,

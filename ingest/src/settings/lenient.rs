@@ -3,22 +3,25 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What is taken although the contract does not ask for it; each is counted in `ingest_tolerated_total` (docs/devices.md).
+/// Deviations from the message format that are accepted. Each is counted in `ingest_tolerated_total`
+/// (docs/devices.md).
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LenientSettings {
-    /// Take a byte order mark before a message and NUL bytes after it.
+    /// Accept a byte order mark before a message and NUL bytes after it.
     pub padding: bool,
-    /// Leave an optional field (firmware, status, location, tags) out when its type is wrong, and keep the reading.
+    /// Drop an optional field (firmware, status, location, tags) with a wrong type, and store the reading
+    /// without it.
     pub drop_fields: bool,
-    /// Take `device_id`, `device_type` and `site_id` as numbers. The text of the number must be what the topic says.
+    /// Accept numbers as `device_id`, `device_type` and `site_id`. The text of the number must match the
+    /// topic.
     pub numeric_ids: bool,
     /// Store NaN, Infinity and -Infinity as null. `false`: the reading becomes a dead letter.
     pub non_finite_as_null: bool,
-    /// Take messages in gzip and zstd, told by their first bytes. What they hold may be at most `ingest.max_payload`, and
-    /// 32 times what was sent and 4 KiB.
+    /// Accept gzip and zstd messages, recognised by their first bytes. Decompressed they may have at most
+    /// `ingest.max_payload`, and at most 32 times the sent size plus 4 KiB.
     pub compressed: bool,
-    /// Acknowledge an MQTT message without a byte, as a cleared retained topic sends it. `false`: it becomes a dead letter.
+    /// Acknowledge an empty MQTT message, which clears a retained topic. `false`: it becomes a dead letter.
     pub empty: bool,
 }
 

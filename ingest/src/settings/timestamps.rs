@@ -6,18 +6,21 @@ use jiff::tz::TimeZone;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Which timestamps are taken besides RFC 3339 (docs/devices.md).
+/// Timestamp formats accepted in addition to RFC 3339 (docs/devices.md).
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TimestampSettings {
-    /// Take counts of seconds, milliseconds, microseconds or nanoseconds since 1970, as number or text. The unit follows from
-    /// the magnitude.
+    /// Accept epoch times in seconds, milliseconds, microseconds or nanoseconds, as number or text. The
+    /// magnitude determines the unit.
     pub epoch: bool,
-    /// Take ISO 8601 beyond RFC 3339: `+0100`, `+01`, a comma before the fraction, no seconds, `20260203T040506Z`.
+    /// Accept ISO 8601 beyond RFC 3339: `+0100`, `+01`, a comma before the fraction, no seconds,
+    /// `20260203T040506Z`.
     pub iso_8601: bool,
-    /// What a time without a zone is. `utc`: UTC. `refuse`: a dead letter. `site`: local time at the site (`zones`).
+    /// How to interpret a time without a zone. `utc`: as UTC. `refuse`: the reading becomes a dead letter.
+    /// `site`: as local time at the site (`zones`).
     pub no_zone: NoZone,
-    /// Time zones of sites, for `no_zone = "site"`: `SITE=ZONE` separated by commas. A site that is not listed is refused.
+    /// Time zones of sites, for `no_zone = "site"`: `SITE=ZONE` separated by commas. Times of sites that are
+    /// not listed are refused.
     #[schemars(extend("examples" = ["WY-ALPHA=America/Denver,TX-EAGLE=America/Chicago"]))]
     pub zones: String,
 }

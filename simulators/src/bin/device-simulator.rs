@@ -11,64 +11,65 @@ use simulators::device::settings::DeviceSimulatorSettings;
 const EXAMPLES: &str = "\
 Examples:
   device-simulator                                 100,000 devices, each once in 5 s, QoS 1, to 127.0.0.1:1883
-  device-simulator --for 60s --ledger ledger.json  the same for a minute, with what the broker accepted
-  device-simulator --active 1000                   1,000 messages per 5 s, all devices take their turn
-  device-simulator --rate max --count 1000000      a million messages as fast as the broker takes them
-  device-simulator --array 100 --rate 500          gateway uploads of 100 readings each
+  device-simulator --for 60s --ledger ledger.json  the same for a minute, with a ledger
+  device-simulator --active 1000                   1,000 messages per 5 s, the devices take turns
+  device-simulator --rate max --count 1000000      a million messages as fast as the broker accepts them
+  device-simulator --array 100 --rate 500          arrays of 100 readings each
   device-simulator --connections 5000 --devices 5000                     a connection per device
-  device-simulator --trouble not_json=0.01 --trouble duplicate=0.05      bad messages on purpose
+  device-simulator --trouble not_json=0.01 --trouble duplicate=0.05      injected faults
 
-Trouble (fractions of all messages): not_json, wrong_type, missing_field, topic_mismatch, nul_character, huge_number, too_large,
+Faults (fractions of all messages): not_json, wrong_type, missing_field, topic_mismatch, nul_character, huge_number, too_large,
 too_old, far_future, late, duplicate. Every flag is a setting of section [device_simulator]; --print-config shows all.
 Environment: TIER0__MQTT__HOST, TIER0__MQTT__PASSWORD, TIER0__DEVICE_SIMULATOR__DEVICES and so on.";
 
-/// Publishes the telemetry of a fleet of field devices over MQTT 5 and keeps a ledger of what the broker accepted.
+/// Publishes the telemetry of a fleet of simulated devices over MQTT 5 and writes a ledger of what the broker
+/// acknowledged.
 #[derive(Debug, Parser)]
 #[command(name = "device-simulator", version, about, after_help = EXAMPLES)]
 struct Args {
-    /// Broker's name or address [default: 127.0.0.1]
+    /// Host name or address of the broker [default: 127.0.0.1]
     #[arg(long)]
     host: Option<String>,
-    /// Broker's port [default: 1883]
+    /// Port of the broker [default: 1883]
     #[arg(long)]
     port: Option<u16>,
-    /// Devices in the fleet [default: 100000]
+    /// Number of devices [default: 100000]
     #[arg(long)]
     devices: Option<u32>,
-    /// Every device publishes once in this time [default: 5s]
+    /// Time in which each device publishes once [default: 5s]
     #[arg(long)]
     interval: Option<String>,
-    /// Only this many messages per interval; all devices take their turn
+    /// Number of messages per interval; the devices take turns
     #[arg(long)]
     active: Option<u32>,
-    /// Messages per second over the whole fleet, or `max`
+    /// Messages per second of all devices together, or `max`
     #[arg(long)]
     rate: Option<String>,
-    /// Readings per message; above 1 each message is a gateway's JSON array [default: 1]
+    /// Readings per message; above 1 each message is a JSON array, like a gateway's upload [default: 1]
     #[arg(long)]
     array: Option<u16>,
     /// MQTT quality of service, 0 or 1 [default: 1]
     #[arg(long)]
     qos: Option<u8>,
-    /// The same seed gives the same values and the same trouble [default: 1]
+    /// The same seed gives the same values and faults [default: 1]
     #[arg(long)]
     seed: Option<u64>,
     /// MQTT connections [default: 16]
     #[arg(long)]
     connections: Option<u32>,
-    /// Stop after this time, for instance 60s
+    /// Stop after this time, for example 60s
     #[arg(long = "for", value_name = "TIME")]
     run_for: Option<String>,
     /// Stop after this many messages
     #[arg(long)]
     count: Option<u64>,
-    /// Write what the broker accepted to this file
+    /// Write the ledger of acknowledged messages to this file
     #[arg(long, value_name = "FILE")]
     ledger: Option<String>,
-    /// Write the final numbers to this file, as JSON
+    /// Write the final figures to this file, as JSON
     #[arg(long, value_name = "FILE")]
     summary: Option<String>,
-    /// Inject trouble; may be repeated
+    /// Inject faults; may be repeated
     #[arg(long, value_name = "KIND=RATE")]
     trouble: Vec<String>,
     #[command(flatten)]

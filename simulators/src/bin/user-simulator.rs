@@ -11,50 +11,51 @@ use simulators::user::settings::UserSimulatorSettings;
 const EXAMPLES: &str = "\
 Examples:
   user-simulator                                   1,000 users, 100 messages/s, to 127.0.0.1:5672
-  user-simulator --for 60s --ledger sessions.json  a minute, with what the broker confirmed
+  user-simulator --for 60s --ledger sessions.json  one minute, with a ledger
   user-simulator --rate max --count 100000         as fast as the broker confirms them
   user-simulator --queue webapp_active_users       another queue
   user-simulator --trouble out_of_order=0.05 --trouble duplicate=0.05 --trouble not_json=0.01
 
-Trouble (fractions of all messages): out_of_order, duplicate, not_json, missing_field, wrong_type, far_future.
+Faults (fractions of all messages): out_of_order, duplicate, not_json, missing_field, wrong_type, far_future.
 Every flag is a setting of section [user_simulator]; --print-config shows all.
-SIGTERM ends in order: outstanding confirms are waited for, then the ledger and the summary are written.";
+SIGTERM drains: the process waits for outstanding confirms, then writes the ledger and the summary.";
 
-/// Publishes what the users of ten web sites do to RabbitMQ and keeps a ledger of what the broker confirmed.
+/// Publishes the activity of simulated users of ten web sites to RabbitMQ and writes a ledger of what the
+/// broker confirmed.
 #[derive(Debug, Parser)]
 #[command(name = "user-simulator", version, about, after_help = EXAMPLES)]
 struct Args {
-    /// Broker's name or address [default: 127.0.0.1]
+    /// Host name or address of the broker [default: 127.0.0.1]
     #[arg(long)]
     host: Option<String>,
-    /// Broker's port [default: 5672]
+    /// Port of the broker [default: 5672]
     #[arg(long)]
     port: Option<u16>,
     /// Queue to publish to [default: user_activity_queue]
     #[arg(long)]
     queue: Option<String>,
-    /// Users [default: 1000]
+    /// Number of users [default: 1000]
     #[arg(long)]
     users: Option<u32>,
     /// Messages per second, or `max` [default: 100]
     #[arg(long)]
     rate: Option<String>,
-    /// The same seed gives the same lives and the same trouble [default: 1]
+    /// The same seed gives the same activity and faults [default: 1]
     #[arg(long)]
     seed: Option<u64>,
-    /// Stop after this time, for instance 60s
+    /// Stop after this time, for example 60s
     #[arg(long = "for", value_name = "TIME")]
     run_for: Option<String>,
     /// Stop after this many messages
     #[arg(long)]
     count: Option<u64>,
-    /// Write what the broker confirmed to this file
+    /// Write the ledger of confirmed messages to this file
     #[arg(long, value_name = "FILE")]
     ledger: Option<String>,
-    /// Write the final numbers to this file, as JSON
+    /// Write the final figures to this file, as JSON
     #[arg(long, value_name = "FILE")]
     summary: Option<String>,
-    /// Inject trouble; may be repeated
+    /// Inject faults; may be repeated
     #[arg(long, value_name = "KIND=RATE")]
     trouble: Vec<String>,
     #[command(flatten)]

@@ -36,13 +36,16 @@ impl Metrics {
             Ok::<_, prometheus::Error>(gauge)
         };
         let refused = IntCounterVec::new(
-            Opts::new("device_simulator_refused_total", "Messages the broker did not accept, by its reason"),
+            Opts::new(
+                "device_simulator_refused_total",
+                "Messages that the broker did not accept, by its reason",
+            ),
             &["reason"],
         )?;
         registry.register(Box::new(refused.clone()))?;
         let behind_seconds = Gauge::new(
             "device_simulator_behind_seconds",
-            "How far the connection that is furthest behind its schedule is behind",
+            "Delay of the connection that is furthest behind its schedule",
         )?;
         registry.register(Box::new(behind_seconds.clone()))?;
         let puback_seconds = Histogram::with_opts(
@@ -57,11 +60,14 @@ impl Metrics {
         registry.register(Box::new(puback_seconds.clone()))?;
         registry.register(Box::new(ProcessCollector::for_self()))?;
         Ok(Self {
-            sent: counter("sent_total", "Messages written to the broker, repeats and retries included")?,
-            acknowledged: counter("acknowledged_total", "Messages the broker accepted (QoS 0: written)")?,
+            sent: counter("sent_total", "Messages written to the broker, including repeats and retries")?,
+            acknowledged: counter(
+                "acknowledged_total",
+                "Messages that the broker accepted (QoS 0: written)",
+            )?,
             refused,
             resent: counter("resent_total", "Messages written again because a connection was lost")?,
-            skipped: counter("skipped_total", "Messages never made because they were due too long ago")?,
+            skipped: counter("skipped_total", "Messages skipped because they were due too long ago")?,
             in_flight: gauge("in_flight", "Messages that wait for their acknowledgement")?,
             connections: gauge("connections", "MQTT connections that are up")?,
             behind_seconds,

@@ -42,7 +42,7 @@ pub struct Traffic {
     /// When the first message was made and the last one accepted, since the simulator's start.
     pub first_sent: Option<Duration>,
     pub last_accepted: Option<Duration>,
-    /// Messages the broker did not accept, by its reason.
+    /// Messages that the broker did not accept, by its reason.
     pub refused: BTreeMap<&'static str, u64>,
 }
 

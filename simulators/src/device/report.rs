@@ -134,7 +134,7 @@ pub struct Summary {
     pub seconds: f64,
     /// Messages written, retries and repeats included.
     pub sent: u64,
-    /// Messages the broker accepted (QoS 0: written).
+    /// Messages that the broker accepted (QoS 0: written).
     pub acknowledged: u64,
     /// Acknowledged messages per second.
     pub rate_per_s: f64,

@@ -25,23 +25,23 @@ pub struct DeviceSimulatorSettings {
     pub device_simulator: FleetSettings,
 }
 
-/// The fleet: how many machines, how often, over how many connections.
+/// The simulated fleet: number of devices, rate, connections.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FleetSettings {
-    /// Machines, numbered from 0.
+    /// Number of devices, numbered from 0.
     pub devices: u32,
-    /// Each machine publishes once in this time, unless `active` or `rate` say otherwise.
+    /// Each device publishes once in this time, unless `active` or `rate` is set.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub interval: Duration,
-    /// Only this many messages per interval; all machines take their turn.
+    /// Number of messages per interval; the devices take turns.
     #[schemars(example = 1000)]
     pub active: Option<u32>,
-    /// Messages per second over all machines, or `max`: as fast as the broker takes them.
+    /// Messages per second of all devices together, or `max`: as fast as the broker accepts them.
     #[schemars(example = &"max")]
     pub rate: Option<Rate>,
-    /// Readings in one message: above 1 a JSON array, a gateway's buffered upload.
+    /// Readings per message. Above 1 the message is a JSON array, like a gateway's buffered upload.
     pub array: u16,
     /// Time between two readings of one array.
     #[serde(with = "humantime_serde")]
@@ -49,19 +49,19 @@ pub struct FleetSettings {
     pub array_spacing: Duration,
     /// MQTT quality of service, 0 or 1.
     pub qos: u8,
-    /// The same seed gives the same machines, values and trouble.
+    /// The same seed gives the same devices, values and faults.
     pub seed: u64,
-    /// MQTT connections; the machines are dealt out to them in turn. Never more than machines.
+    /// Number of MQTT connections. The devices are assigned to them in turn. At most the number of devices.
     pub connections: u32,
-    /// Start of the client ids; a part that is new in each run and the connection's number follow.
+    /// Prefix of the client ids. A part that is new in each run and the connection's number follow.
     pub client_id: String,
-    /// Unacknowledged messages per connection. Bounds memory: about 64 bytes each.
+    /// Maximum number of unacknowledged messages per connection. Bounds memory: about 64 bytes each.
     pub max_in_flight: u16,
-    /// Publishing happens in steps this far apart on each connection.
+    /// Interval between publishing steps on each connection.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub tick: Duration,
-    /// What was due longer ago than this is skipped and counted, not caught up.
+    /// Messages that were due longer ago than this are skipped and counted.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_behind: Duration,
@@ -72,25 +72,26 @@ pub struct FleetSettings {
     /// Stop after this many messages.
     #[schemars(example = 1_000_000)]
     pub count: Option<u64>,
-    /// Where the ledger goes.
+    /// Path of the ledger.
     #[schemars(extend("format" = "path"), example = &"ledger.json")]
     pub ledger: Option<PathBuf>,
-    /// The ledger is also written this often in mid-run, so that a killed simulator leaves a recent one.
+    /// Interval at which the ledger is also written during the run, so that a killed simulator leaves a
+    /// recent one.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub ledger_every: Duration,
-    /// Where the final summary goes, as JSON.
+    /// Path of the final summary, as JSON.
     #[schemars(extend("format" = "path"), example = &"summary.json")]
     pub summary: Option<PathBuf>,
-    /// At the end: longest wait for outstanding acknowledgements.
+    /// Maximum time to wait for outstanding acknowledgements at the end.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
-    /// A broker that owes an answer for this long is given up and connected to again.
+    /// When the broker has not answered for this long, the simulator reconnects.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub answer_timeout: Duration,
-    /// Longest wait between two tries to connect.
+    /// Maximum time between two attempts to connect.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_backoff: Duration,

@@ -14,49 +14,49 @@ use crate::seeds::{join, mix};
 /// A size that defaults well above what consumers are set to take.
 pub(super) const OVERSIZE: ByteSize = ByteSize::mib(1);
 
-/// Bad messages on purpose. Rates are fractions of all messages, 0 to 1, together at most 1.
+/// Injected faults. Rates are fractions of all messages, from 0 to 1, together at most 1.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TroubleSettings {
-    /// Cut off, no JSON at all, or not even UTF-8.
+    /// The payload is truncated, not JSON, or not UTF-8.
     pub not_json: f64,
     /// A required field has the wrong type.
     pub wrong_type: f64,
-    /// A required field is not there.
+    /// A required field is missing.
     pub missing_field: f64,
     /// The payload names another device than the topic.
     pub topic_mismatch: f64,
     /// A NUL character in a string, which Postgres refuses in jsonb.
     pub nul_character: f64,
-    /// A number beyond what jsonb can hold: valid JSON that only the database can refuse.
+    /// A number beyond the range of jsonb: valid JSON that only the database can refuse.
     pub huge_number: f64,
-    /// A payload of `oversize`. Must be above what consumers take and below what they announce to the broker as
-    /// their maximum packet size: what is above that, the broker drops without a word.
+    /// A payload of `oversize`. Must be above what consumers accept and below the maximum packet size that
+    /// they announce to the broker: the broker drops larger messages without notice.
     pub too_large: f64,
     /// A timestamp older than any retention.
     pub too_old: f64,
     /// A timestamp far ahead of the clock.
     pub far_future: f64,
-    /// A good reading that is `late_by` late; it must be stored.
+    /// A valid reading that is `late_by` late; it must be stored.
     pub late: f64,
-    /// A good reading that is published once more, unchanged, after `duplicate_after`.
+    /// A valid reading that is published again, unchanged, after `duplicate_after`.
     pub duplicate: f64,
     /// Size of a `too_large` payload.
     #[schemars(with = "String", extend("format" = "size"))]
     pub oversize: ByteSize,
-    /// How old a `too_old` reading is.
+    /// Age of a `too_old` reading.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub too_old_by: Duration,
-    /// How far ahead of the clock a `far_future` reading is.
+    /// Distance of a `far_future` reading ahead of the clock.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub far_future_by: Duration,
-    /// How late a `late` reading is.
+    /// Delay of a `late` reading.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub late_by: Duration,
-    /// How long after the first a `duplicate` is published again.
+    /// Time after which a `duplicate` is published again.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub duplicate_after: Duration,

@@ -39,13 +39,16 @@ impl Metrics {
         )?;
         registry.register(Box::new(confirm_seconds.clone()))?;
         Ok(Self {
-            sent: counter("sent_total", "Messages published, repeats and retries included")?,
-            confirmed: counter("confirmed_total", "Messages the broker confirmed")?,
-            refused: counter("refused_total", "Messages the broker refused or returned; published again")?,
+            sent: counter("sent_total", "Messages published, including repeats and retries")?,
+            confirmed: counter("confirmed_total", "Messages that the broker confirmed")?,
+            refused: counter(
+                "refused_total",
+                "Messages that the broker refused or returned; they are published again",
+            )?,
             resent: counter("resent_total", "Messages published again because a connection was lost")?,
-            skipped: counter("skipped_total", "Messages never made because they were due too long ago")?,
+            skipped: counter("skipped_total", "Messages skipped because they were due too long ago")?,
             in_flight: gauge("in_flight", "Messages that wait for their confirm")?,
-            blocked: gauge("blocked", "1 while the broker takes no messages (memory or disk alarm)")?,
+            blocked: gauge("blocked", "1 while the broker accepts no messages (memory or disk alarm)")?,
             reconnects: counter("reconnects_total", "Connections lost after they had been up")?,
             confirm_seconds,
         })

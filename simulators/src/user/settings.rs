@@ -23,23 +23,24 @@ pub struct UserSimulatorSettings {
     pub user_simulator: UserSettings,
 }
 
-/// The users: how many, how often.
+/// The simulated users: number and rate.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct UserSettings {
-    /// Users, numbered from 0, dealt out to the ten sites.
+    /// Number of users, numbered from 0. They are distributed over the ten sites.
     pub users: u32,
-    /// Messages per second, or `max`: as fast as the broker confirms them. The users live faster or slower for it.
+    /// Messages per second, or `max`: as fast as the broker confirms them. The speed of the users' activity
+    /// follows the rate.
     pub rate: Rate,
-    /// The same seed gives the same users, lives and trouble.
+    /// The same seed gives the same users, activity and faults.
     pub seed: u64,
-    /// Unconfirmed messages at most.
+    /// Maximum number of unconfirmed messages.
     pub max_in_flight: usize,
-    /// Publishing happens in steps this far apart.
+    /// Interval between publishing steps.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub tick: Duration,
-    /// What was due longer ago than this is skipped and counted, not caught up.
+    /// Messages that were due longer ago than this are skipped and counted.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_behind: Duration,
@@ -50,21 +51,21 @@ pub struct UserSettings {
     /// Stop after this many messages.
     #[schemars(example = 1_000_000)]
     pub count: Option<u64>,
-    /// Where the ledger goes.
+    /// Path of the ledger.
     #[schemars(extend("format" = "path"), example = &"sessions.json")]
     pub ledger: Option<PathBuf>,
-    /// The ledger is also written this often in mid-run.
+    /// Interval at which the ledger is also written during the run.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub ledger_every: Duration,
-    /// Where the final summary goes, as JSON.
+    /// Path of the final summary, as JSON.
     #[schemars(extend("format" = "path"), example = &"summary.json")]
     pub summary: Option<PathBuf>,
-    /// At the end: longest wait for outstanding confirms.
+    /// Maximum time to wait for outstanding confirms at the end.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub grace: Duration,
-    /// Longest wait between two tries to connect.
+    /// Maximum time between two attempts to connect.
     #[serde(with = "humantime_serde")]
     #[schemars(with = "String", extend("format" = "time"))]
     pub max_backoff: Duration,

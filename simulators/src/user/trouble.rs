@@ -5,19 +5,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::seeds::{join, mix, unit};
 
-/// Trouble on purpose. Rates are fractions of all messages, 0 to 1, together at most 1.
+/// Injected faults. Rates are fractions of all messages, from 0 to 1, together at most 1.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TroubleSettings {
-    /// Good, but published after later ones.
+    /// Valid, but published after later events.
     pub out_of_order: f64,
-    /// Good, published twice.
+    /// Valid, published twice.
     pub duplicate: f64,
-    /// Cut off in the middle.
+    /// Truncated in the middle.
     pub not_json: f64,
-    /// Without its session or site.
+    /// The session or site is missing.
     pub missing_field: f64,
-    /// A status nobody knows.
+    /// The status is unknown.
     pub wrong_type: f64,
     /// A time far ahead of the clock.
     pub far_future: f64,

@@ -20,16 +20,16 @@ pub struct FailoverBenchArgs {
     /// Only this scenario; may be repeated
     #[arg(long)]
     pub only: Vec<Scenario>,
-    /// Times each scenario is played
+    /// Number of rounds per scenario
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: u32,
     /// Messages a second
     #[arg(long, default_value_t = 20_000, value_name = "N")]
     pub rate: u32,
-    /// Where the figures go
+    /// File for the figures
     #[arg(long, default_value = "target/bench-failover.json", value_name = "FILE")]
     pub json: PathBuf,
-    /// Only report: exit status 0 whatever the figures are
+    /// Only report: exit with status 0 regardless of the figures
     #[arg(long)]
     pub no_bounds: bool,
 }

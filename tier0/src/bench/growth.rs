@@ -34,22 +34,22 @@ const LOOKUPS: usize = 9;
 /// Options of `bench-growth`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct GrowthArgs {
-    /// Rows the table grows to
+    /// Number of rows at the end
     #[arg(long, default_value_t = 50_000_000, value_parser = clap::value_parser!(u64).range(10_000..=1_000_000_000))]
     pub rows: u64,
     /// Rows between two measurements of single readings and look-ups
     #[arg(long, default_value_t = 5_000_000, value_parser = clap::value_parser!(u64).range(10_000..=1_000_000_000))]
     pub step: u64,
-    /// Single readings after each step, as fast as they are taken
+    /// Single readings after each step, as fast as they are accepted
     #[arg(long, default_value_t = 300_000, value_parser = clap::value_parser!(u64).range(1_000..=100_000_000))]
     pub singles: u64,
-    /// Single readings a second in the burst whose latency counts, which lasts ten seconds
+    /// Single readings per second in the ten-second burst that measures latency
     #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     pub live: u32,
-    /// Where the chart goes, as SVG
+    /// File for the chart, as SVG
     #[arg(long, value_name = "FILE", default_value = "target/growth.svg")]
     pub chart: PathBuf,
-    /// Where the figures go, as JSON
+    /// File for the figures, as JSON
     #[arg(long, value_name = "FILE", default_value = "target/growth.json")]
     pub json: PathBuf,
     /// Extra settings for mqtt-consumer; may be repeated [example: --set ingest.max_rows=10000]

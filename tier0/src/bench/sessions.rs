@@ -36,16 +36,17 @@ const BASELINE_PART: u64 = 50;
 /// Options of `bench-sessions`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BenchSessionsArgs {
-    /// Times every row is measured; the median counts
+    /// Number of measurements per row; the median is reported
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub rounds: u32,
     /// Messages per measurement
     #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1_000..=10_000_000))]
     pub messages: u64,
-    /// Messages the broker may have outstanding, towards our consumer and towards the one that only acknowledges
+    /// Maximum number of unacknowledged messages, for rabbitmq-consumer and for the consumer that only
+    /// acknowledges
     #[arg(long, default_value_t = 5_000, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub prefetch: u16,
-    /// Where the medians go, as JSON
+    /// File for the medians, as JSON
     #[arg(long, value_name = "FILE", default_value = "target/bench-sessions.json")]
     pub json: PathBuf,
 }

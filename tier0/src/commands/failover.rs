@@ -20,24 +20,24 @@ const ANSWER: Duration = Duration::from_secs(180);
 /// Options of `failover`.
 #[derive(Debug, Clone, Args)]
 pub struct FailoverArgs {
-    /// The region that is to be the primary
+    /// Region that becomes the primary
     pub region: String,
     /// Only show the checks and the plan
     #[arg(long)]
     pub dry_run: bool,
-    /// Accept the loss of commits the region does not have
+    /// Accept the loss of commits that the region does not have
     #[arg(long)]
     pub allow_data_loss: bool,
-    /// Switch over to a standby that lags; what it has is checked after the stop
+    /// Switch over to a standby that lags; its data is checked after the stop
     #[arg(long)]
     pub force: bool,
-    /// Although automatic failover is paused
+    /// Run even if automatic failover is paused
     #[arg(long)]
     pub while_paused: bool,
     /// Refuse unless this region is the primary
     #[arg(long, value_name = "REGION")]
     pub expected_primary: Option<String>,
-    /// Print the orchestrator's answer as it is
+    /// Print the orchestrator's answer unchanged
     #[arg(long)]
     pub json: bool,
 }

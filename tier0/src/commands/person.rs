@@ -13,21 +13,21 @@ use crate::terminal::say;
 /// Options of `adopt`.
 #[derive(Debug, Clone, Args)]
 pub struct AdoptArgs {
-    /// The region whose data is the truth
+    /// Region whose data is right
     pub region: String,
-    /// Only show the facts and the checks
+    /// Only show the findings and the checks
     #[arg(long)]
     pub dry_run: bool,
-    /// Although another region may have readings that this one has not: its data is kept, but nobody reads it
+    /// Run even if another region may have readings that this one lacks: its data is kept but not used
     #[arg(long)]
     pub allow_data_loss: bool,
-    /// Although the agent of another region is not heard: it may be writable
+    /// Run even if the agent of another region does not answer: that region may be writable
     #[arg(long)]
     pub while_unheard: bool,
-    /// Why, for the history: letters, digits, spaces and . , : - _
+    /// Reason for the history: letters, digits, spaces and . , : - _
     #[arg(long, default_value = "")]
     pub reason: String,
-    /// Print the orchestrator's answer as it is
+    /// Print the orchestrator's answer unchanged
     #[arg(long)]
     pub json: bool,
 }
@@ -35,15 +35,15 @@ pub struct AdoptArgs {
 /// Options of `discard`.
 #[derive(Debug, Clone, Args)]
 pub struct DiscardArgs {
-    /// The region whose data is kept
+    /// Region whose data is kept
     pub region: String,
-    /// Only show what would be given up
+    /// Only show what would be discarded
     #[arg(long)]
     pub dry_run: bool,
-    /// Why, for the history: letters, digits, spaces and . , : - _
+    /// Reason for the history: letters, digits, spaces and . , : - _
     #[arg(long, default_value = "")]
     pub reason: String,
-    /// Print the orchestrator's answer as it is
+    /// Print the orchestrator's answer unchanged
     #[arg(long)]
     pub json: bool,
 }

@@ -22,15 +22,15 @@ use users::Users;
 const HEAD: &str = "\
 # Metrics
 
-Each process serves its series as Prometheus reads them at `/metrics` of its `http.port`; `tier0 status` lists the ports, `make up` runs a
-Prometheus that scrapes them all. Labels that Prometheus adds: `job` is the program, `instance` the process (`mqtt-consumer-1`,
-`region1`). A histogram `x` is the series `x_bucket`, `x_sum` and `x_count`. Units are in the names: `_seconds`, `_bytes`;
-`_total` only grows. What servers export (`pg_`, `redis_`, `rabbitmq_`, `node_`) is described by their exporters.
+Each process serves its metrics in the Prometheus text format at `/metrics` on its `http.port`. `tier0 status` lists the ports. `make up` runs a
+Prometheus that scrapes all of them. Prometheus adds the labels `job` (the program) and `instance` (the process: `mqtt-consumer-1`, `region1`). A
+histogram `x` has the series `x_bucket`, `x_sum` and `x_count`. Names contain the unit: `_seconds`, `_bytes`. Counters end in `_total`. The exporters
+of the servers describe their own metrics (`pg_`, `redis_`, `rabbitmq_`, `node_`).
 
-Last column: the panels of [grafana/dashboards](../grafana/dashboards/), the alerts and the recorded series of
-[config/prometheus/rules](../config/prometheus/rules/) that read a series. [Runbooks](runbooks/README.md) say what an alert means.
+The last column lists the panels of [grafana/dashboards](../grafana/dashboards/), and the alerts and recorded series of
+[config/prometheus/rules](../config/prometheus/rules/), that use a metric. The [runbooks](runbooks/README.md) explain the alerts.
 
-This page is made from the registries of the processes (`make docs`).
+This page is generated from the registries of the processes (`make docs`).
 ";
 
 /// One process and its registry, filled by the components themselves. Nothing is connected to; must be called within a
@@ -124,7 +124,7 @@ pub fn page() -> anyhow::Result<String> {
         let title = if of.len() == registries.len() { "Every process".into() } else { of.join(", ") };
         write!(
             page,
-            "\n## {title}\n\n| series | type | labels | what it says | read by |\n|---|---|---|---|---|\n"
+            "\n## {title}\n\n| series | type | labels | description | used by |\n|---|---|---|---|---|\n"
         )?;
         for Series { name, kind, labels, help } in all {
             anyhow::ensure!(help.len() > 3, "{name} of {title} has no help text");
@@ -139,7 +139,7 @@ pub fn page() -> anyhow::Result<String> {
             )?;
         }
     }
-    page.push_str("\n## Recorded by Prometheus\n\n| series | from | read by |\n|---|---|---|\n");
+    page.push_str("\n## Recorded series\n\n| series | from | used by |\n|---|---|---|\n");
     let series = registries.iter().flat_map(|(_, registry)| registry.series());
     for (name, from) in users.recorded(&series.map(|series| series.name).collect()) {
         let from: Vec<String> = from.iter().map(|name| format!("`{name}`")).collect();

@@ -35,13 +35,13 @@ const HOLD_MS: u64 = 4_000;
 /// Options.
 #[derive(Debug, Clone, Args)]
 pub struct FaultArgs {
-    /// Begin no round after this time
+    /// Do not begin a round after this time
     #[arg(long = "for", value_name = "TIME", value_parser = time, default_value = "5m")]
     pub duration: Duration,
-    /// Play at most so many rounds
+    /// Maximum number of rounds
     #[arg(long, value_name = "N", default_value_t = u32::MAX, hide_default_value = true)]
     pub rounds: u32,
-    /// Repeats the faults of an earlier run
+    /// Repeat the faults of an earlier run
     #[arg(long, value_name = "N", env = "TIER0_SEED")]
     pub seed: Option<u64>,
     /// Messages a second

@@ -27,16 +27,16 @@ const WARM_UP: Duration = Duration::from_secs(5);
 /// Options of `drill outages`.
 #[derive(Debug, Clone, Args)]
 pub struct OutageArgs {
-    /// Messages a second that the devices send all the time
+    /// Messages per second that the devices send
     #[arg(long, default_value_t = 20_000, value_name = "N", value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     pub rate: u32,
-    /// How long each part is away
+    /// Duration of each outage
     #[arg(long, default_value = "60s", value_name = "TIME", value_parser = time)]
     pub outage: Duration,
     /// Only these; may be repeated [default: all]
     #[arg(long, value_name = "NAME")]
     pub only: Vec<Scenario>,
-    /// What becomes of connections that a cut met, when the network is back
+    /// How to treat connections affected by a cut when the network is back
     #[arg(long, default_value = "continue", value_name = "HOW")]
     pub after_cut: After,
     /// Extra settings for mqtt-consumer; may be repeated [example: --set ingest.writers=3]

@@ -57,7 +57,9 @@ async fn what_a_forced_failover_lost_is_taken_out_of_the_kept_source() {
     bed.follow(&mut book, "Mitigation 5").await;
     bed.follow(&mut book, "Mitigation 6").await;
 
-    book.is_over_when("`failover_kept` is 0 for every node, and `sync_set` in `/status` names the node again.");
+    book.is_over_when(
+        "`failover_kept` is 0 for every node, and `sync_set` in `/status` names the node again.",
+    );
     bed.metrics("nothing is kept", |_, it| it.has("failover_kept") && it.count("failover_kept") == 0).await;
     bed.until("in sync", |status| status.sync_set.contains("region1")).await;
     bed.regions.whole(LIMIT).await.unwrap();

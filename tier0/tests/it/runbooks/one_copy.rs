@@ -31,7 +31,9 @@ async fn the_second_copy_comes_back_and_a_slot_of_nobody_goes() {
     bed.shell.fill_in("NAME", "region9");
     bed.follow(&mut book, "Mitigation 4").await;
 
-    book.is_over_when("`failover_sync_set_size` is at least 1, the lag is near 0, and the slot retains little WAL.");
+    book.is_over_when(
+        "`failover_sync_set_size` is at least 1, the lag is near 0, and the slot retains little WAL.",
+    );
     bed.metrics("two copies", |_, it| it.count("failover_sync_set_size") >= 1).await;
     bed.until("near", |status| status.nodes[1].lag_bytes.is_some_and(|bytes| bytes < 1 << 20)).await;
     let slots = "SELECT slot_name::text, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) < 16e6 FROM pg_replication_slots";
