@@ -22,7 +22,7 @@ test: install install-test check build
 	.ci/mosquitto.sh
 	.ci/compose.py
 	.ci/regions.sh
-	$(CARGO) test --workspace --locked
+	$(CARGO) test --workspace --locked --no-fail-fast
 
 # Formatting, lints, the architecture's invariants: no server needed.
 check:
