@@ -27,8 +27,8 @@ use crate::procfs;
 
 /// How often a condition of another process is looked at while we wait for it.
 pub const POLL: Duration = Duration::from_millis(10);
-/// How long the kernel gets to end a killed process.
-const REAP: Duration = Duration::from_secs(10);
+/// How long the kernel gets to end a killed process, which may be waiting for a busy disk.
+const REAP: Duration = Duration::from_secs(60);
 
 /// How to start a process.
 #[derive(Debug, Clone)]
@@ -259,7 +259,7 @@ impl Child {
     /// SIGKILL. Returns when the process *and all below it* are gone: a postmaster's children see its death and end.
     ///
     /// # Errors
-    /// When something is still there after 10 s.
+    /// When something is still there after a minute.
     pub async fn kill9(&mut self, reach: Reach) -> anyhow::Result<()> {
         if self.ended().is_some() {
             return Ok(());

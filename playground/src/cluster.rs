@@ -281,9 +281,7 @@ impl Cluster {
     pub async fn writable(&self) -> Vec<String> {
         let mut writable = Vec::new();
         for node in &self.nodes {
-            let Ok(db) = node.admin().await else { continue };
-            let row = db.query_one("SELECT pg_is_in_recovery()", &[]).await;
-            if row.is_ok_and(|row| !row.get::<_, bool>(0)) {
+            if node.is_writable().await {
                 writable.push(node.name().to_owned());
             }
         }

@@ -15,7 +15,15 @@ const MAX_BYTES: u64 = 32 << 20;
 /// # Errors
 /// When there is no complete answer within 3 s.
 pub async fn get(port: u16, path: &str) -> anyhow::Result<(u16, String)> {
-    send(port, &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"), LIMIT)
+    get_within(port, path, LIMIT).await
+}
+
+/// As [`get`], for whoever has no other use for the time.
+///
+/// # Errors
+/// When there is no complete answer within `limit`.
+pub async fn get_within(port: u16, path: &str, limit: Duration) -> anyhow::Result<(u16, String)> {
+    send(port, &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"), limit)
         .await
         .with_context(|| format!("GET http://127.0.0.1:{port}{path}"))
 }

@@ -246,7 +246,7 @@ mod tests {
 
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(10);
+    const SOON: Duration = Duration::from_secs(60);
     const NOTHING: Duration = Duration::from_millis(200);
 
     /// A server that sends back what it gets, and a link to it.

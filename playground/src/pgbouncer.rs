@@ -16,7 +16,7 @@ use crate::postgres::{Postgres, Role};
 use crate::scratch::Scratch;
 use crate::shipped;
 
-const READY: Duration = Duration::from_secs(30);
+const READY: Duration = Duration::from_secs(60);
 const STOP: Duration = Duration::from_secs(5);
 
 /// A running pooler.

@@ -20,7 +20,7 @@ use crate::child::{Child, POLL, Reach, Start};
 use crate::port::Port;
 use crate::{procfs, shipped};
 pub use connection::{Db, Passwords, Role, connect};
-pub(crate) use connection::{config, random_word};
+pub(crate) use connection::{config, connect_within, random_word};
 use lock_file::LockFile;
 
 pub const DATABASE: &str = "tier0_db";
@@ -28,6 +28,8 @@ pub const DATABASE: &str = "tier0_db";
 const READY: Duration = Duration::from_secs(120);
 /// A fast shutdown writes a checkpoint.
 const STOP: Duration = Duration::from_secs(60);
+/// For a session with a server that is there, on a busy machine.
+const SESSION: Duration = Duration::from_secs(30);
 /// Before anybody can write, a promotion copies the segment it stops in, and makes the next when that one is nearly full: a
 /// quarter of what the default of 16 MB costs. Also in config/postgres/start-node.sh.
 const WAL_SEGMENTS: &str = "--wal-segsize=4";
@@ -282,9 +284,9 @@ impl Postgres {
     /// A new connection to `tier0_db`.
     ///
     /// # Errors
-    /// When it fails or takes more than 5 s.
+    /// When it fails or takes more than 30 s.
     pub async fn connect(&self, role: Role) -> anyhow::Result<Db> {
-        connect(&self.config(role))
+        connect_within(&self.config(role), SESSION)
             .await
             .with_context(|| format!("connect to {} as {}", self.name, role.name()))
     }
@@ -298,11 +300,22 @@ impl Postgres {
     /// As [`Postgres::connect`], to the maintenance database `postgres`.
     ///
     /// # Errors
-    /// When it fails or takes more than 5 s.
+    /// When it fails or takes more than 30 s.
     pub async fn admin(&self) -> anyhow::Result<Db> {
-        connect(&config(self.port(), &self.passwords, Role::Admin, "postgres"))
+        connect_within(&self.admin_config(), SESSION)
             .await
             .with_context(|| format!("connect to {} as {}", self.name, Role::Admin.name()))
+    }
+
+    /// Whether it accepts writes now; one that does not say within 5 s does not.
+    pub(crate) async fn is_writable(&self) -> bool {
+        let Ok(db) = connect(&self.admin_config()).await else { return false };
+        let row = db.query_one("SELECT pg_is_in_recovery()", &[]).await;
+        row.is_ok_and(|row| !row.get::<_, bool>(0))
+    }
+
+    fn admin_config(&self) -> Config {
+        config(self.port(), &self.passwords, Role::Admin, "postgres")
     }
 
     #[must_use]
@@ -346,7 +359,7 @@ impl Postgres {
         if procfs::lives(lock.pid) {
             return Ok(());
         }
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + STOP;
         while lock.shared_memory.is_some_and(|id| procfs::attached(id) > 0) {
             if Instant::now() > deadline {
                 bail!("{}: processes of the killed postmaster {} still run", self.name, lock.pid);

@@ -12,6 +12,9 @@ use crate::metrics::Metrics;
 use crate::port::Port;
 use crate::{http, shipped};
 
+/// What is asked of a process that runs is answered at once, but on a busy machine.
+const ANSWER: Duration = Duration::from_secs(20);
+
 /// How to start a program; [`Launch::start`] does.
 #[derive(Debug, Clone)]
 pub struct Launch {
@@ -137,7 +140,7 @@ impl Program {
     /// # Errors
     /// When it does not answer.
     pub async fn metrics(&self) -> anyhow::Result<Metrics> {
-        match http::get(self.port.number(), "/metrics").await? {
+        match http::get_within(self.port.number(), "/metrics", ANSWER).await? {
             (200, body) => Metrics::parse(&body).with_context(|| format!("metrics of {}", self.launch.name)),
             (status, body) => bail!("metrics of {}: {status}: {}", self.launch.name, body.trim()),
         }

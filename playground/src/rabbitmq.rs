@@ -22,10 +22,12 @@ use crate::shipped;
 /// An Erlang machine starts in 5 to 15 s on a busy machine.
 const READY: Duration = Duration::from_secs(120);
 const STOP: Duration = Duration::from_secs(60);
+/// Its own tool is an Erlang machine too.
+const CONTROL: Duration = Duration::from_secs(120);
 /// The plugin's default.
 const METRICS_PORT: u16 = 15_692;
 /// The broker writes such names 3 s late at most.
-const REGISTERED: Duration = Duration::from_secs(20);
+const REGISTERED: Duration = Duration::from_secs(60);
 /// Debian's wrapper in /usr/sbin changes the user and writes to /var/log; this is what it wraps.
 const SERVER: &str = "/usr/lib/rabbitmq/bin/rabbitmq-server";
 
@@ -202,7 +204,7 @@ impl RabbitMq {
             .env("RABBITMQ_CONF_ENV_FILE", self.dir.join("rabbitmq-env.conf").into_os_string())
             .args(["-n", self.node()])
             .args(args.iter().copied())
-            .run(Duration::from_secs(60))
+            .run(CONTROL)
             .await
     }
 

@@ -19,9 +19,11 @@ use crate::shipped;
 /// The name the Sentinels know the master by.
 pub const MASTER: &str = "tier0";
 const QUORUM: usize = 2;
-const READY: Duration = Duration::from_secs(30);
-const STOP: Duration = Duration::from_secs(30);
+const READY: Duration = Duration::from_secs(120);
+const STOP: Duration = Duration::from_secs(60);
 const ANSWER: Duration = Duration::from_secs(2);
+/// For what is not asked a second time, because it may have been carried out.
+const COMMAND: Duration = Duration::from_secs(30);
 
 /// One Redis or Sentinel, running or not.
 #[derive(Debug)]
@@ -344,7 +346,7 @@ impl Server {
 
     /// The port of the master, by this Sentinel.
     async fn named_master(&self) -> anyhow::Result<u16> {
-        let answer = self.command(&format!("SENTINEL GET-MASTER-ADDR-BY-NAME {MASTER}")).await?;
+        let answer = ask(self.port(), &format!("SENTINEL GET-MASTER-ADDR-BY-NAME {MASTER}")).await?;
         let port = answer.lines().filter_map(|line| line.trim().parse().ok()).next_back();
         port.with_context(|| format!("no port in {answer:?}"))
     }
@@ -354,7 +356,7 @@ impl Server {
     /// # Errors
     /// When it does not answer.
     pub async fn command(&self, command: &str) -> anyhow::Result<String> {
-        ask(self.port(), command).await
+        ask_within(self.port(), command, COMMAND).await
     }
 
     /// `master` or `slave`, by the server itself.
@@ -370,6 +372,10 @@ impl Server {
 
 /// One command in Redis' inline form, and its raw answer.
 async fn ask(port: u16, command: &str) -> anyhow::Result<String> {
+    ask_within(port, command, ANSWER).await
+}
+
+async fn ask_within(port: u16, command: &str, limit: Duration) -> anyhow::Result<String> {
     let exchange = async {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).await.context("connect")?;
         stream.write_all(format!("{command}\r\n").as_bytes()).await.context("send")?;
@@ -379,5 +385,5 @@ async fn ask(port: u16, command: &str) -> anyhow::Result<String> {
         stream.take(1 << 20).read_to_string(&mut answer).await.context("read")?;
         Ok(answer)
     };
-    tokio::time::timeout(ANSWER, exchange).await.context("no answer")?
+    tokio::time::timeout(limit, exchange).await.context("no answer")?
 }

@@ -124,7 +124,8 @@ impl Regions {
             launch.clone().start_on(dir, port(plan.ports.map(|ports| [ports.orchestrator]), 0)?).await?;
         let mut regions = Self { orchestrator, agents, redis, links, launch, dir: dir.to_owned() };
         regions.orchestrator.ready(READY).await?;
-        cluster.led_by(&regions.status().await?.current_region)?;
+        let status = regions.until("asked who leads", READY, |_| true).await?;
+        cluster.led_by(&status.current_region)?;
         Ok(regions)
     }
 

@@ -18,15 +18,17 @@ use playground::program::{Launch, Program};
 use playground::regions::{Plan, Regions};
 use playground::scratch::Scratch;
 
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(120);
 /// The simulator waits for acknowledgements, the consumer commits what it holds.
 const GRACE: Duration = Duration::from_secs(120);
 const REPLAY: Duration = Duration::from_secs(120);
 /// Nothing waits and nothing comes for this long: what has not come will not come.
-const QUIET: Duration = Duration::from_secs(5);
+const QUIET: Duration = Duration::from_secs(15);
 const DRAIN: Duration = Duration::from_secs(600);
 /// How often the consumer is asked what it has committed: the error of a measured gap.
 const LOOK: Duration = Duration::from_millis(5);
+/// Between two looks at everything.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Everything of one run. Clients before servers, files last: dropping goes in this order.
 #[derive(Debug)]
@@ -136,9 +138,16 @@ impl Stage {
     /// # Errors
     /// When they do not become whole within two minutes.
     pub async fn settle(&mut self) -> anyhow::Result<()> {
-        let region = self.regions()?.whole(REPLAY).await?.current_region;
-        self.cluster.led_by(&region)?;
-        self.cluster.wait_replayed(REPLAY).await
+        let deadline = Instant::now() + REPLAY;
+        loop {
+            let region = self.regions()?.whole(REPLAY).await?.current_region;
+            self.cluster.led_by(&region)?;
+            // A node that was gone for a moment may look whole until that is noticed: then another leads after all.
+            match self.cluster.wait_replayed(REPLAY).await {
+                Err(_) if Instant::now() < deadline => tokio::time::sleep(PAUSE).await,
+                outcome => return outcome,
+            }
+        }
     }
 
     async fn drained(&mut self, ledger: &Ledger) -> anyhow::Result<()> {
@@ -151,20 +160,21 @@ impl Stage {
             let received = metrics.count("ingest_received_total");
             if received != last || waiting > 0 {
                 (last, progress) = (received, Instant::now());
-            } else if let Ok(db) = self.cluster.connect(Role::Owner).await {
-                let sql = "SELECT count(*) FROM device_telemetry";
-                let rows: i64 = db.query_one(sql, &[]).await.context("count the rows")?.get(0);
-                if rows >= wanted || progress.elapsed() > QUIET {
-                    return Ok(());
-                }
+            } else if let Ok(db) = self.cluster.connect(Role::Owner).await
+                && let Ok(row) = db.query_one("SELECT count(*) FROM device_telemetry", &[]).await
+                && (row.get::<_, i64>(0) >= wanted || progress.elapsed() > QUIET)
+            {
+                return Ok(());
             }
             if Instant::now() > deadline {
                 bail!("the consumer has not drained the broker within {DRAIN:?}");
             }
-            if let Some(regions) = &self.regions {
-                self.cluster.led_by(&regions.status().await?.current_region)?;
+            if let Some(regions) = &self.regions
+                && let Ok(status) = regions.status().await
+            {
+                self.cluster.led_by(&status.current_region)?;
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            tokio::time::sleep(PAUSE).await;
         }
     }
 }

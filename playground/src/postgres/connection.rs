@@ -145,9 +145,13 @@ pub(crate) fn config(port: u16, passwords: &Passwords, role: Role, database: &st
 /// # Errors
 /// When the server refuses or does not answer.
 pub async fn connect(config: &Config) -> anyhow::Result<Db> {
-    let (client, connection) = tokio::time::timeout(CONNECT, config.connect(NoTls))
+    connect_within(config, CONNECT).await
+}
+
+pub(crate) async fn connect_within(config: &Config, limit: Duration) -> anyhow::Result<Db> {
+    let (client, connection) = tokio::time::timeout(limit, config.connect(NoTls))
         .await
-        .with_context(|| format!("no answer within {CONNECT:?}"))??;
+        .with_context(|| format!("no answer within {limit:?}"))??;
     let mut driver = JoinSet::new();
     driver.spawn(async move {
         if let Err(error) = connection.await {

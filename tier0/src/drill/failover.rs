@@ -20,6 +20,7 @@ use rand::{RngExt, SeedableRng};
 
 use crate::stage::Stage;
 use crate::terminal::{say, time};
+use crate::verify::Report;
 use fault::Fault;
 use playground::postgres::Role;
 use playground::regions::Plan;
@@ -27,6 +28,8 @@ use probe::Probes;
 
 /// Until everything is whole again after a round. A clone of a node that was rewound half-way is in it.
 const WHOLE: Duration = Duration::from_secs(120);
+/// Between two looks at what is stored.
+const AGAIN: Duration = Duration::from_millis(200);
 /// Faults strike within this time,
 const STRIKE_MS: u64 = 1_500;
 /// and are let go after at most so long.
@@ -97,9 +100,9 @@ fn draw(random: &mut StdRng) -> Vec<Fault> {
 }
 
 async fn round(stage: &mut Stage, probes: &Probes, faults: &[Fault]) -> anyhow::Result<String> {
-    let region = stage.regions()?.whole(WHOLE).await?.current_region;
+    let before = stage.regions()?.whole(WHOLE).await?;
+    let (region, failovers) = (before.current_region, before.failover_count);
     stage.cluster.led_by(&region)?;
-    let failovers = stage.regions()?.status().await?.failover_count;
     let began = Instant::now();
     // What happens next, whichever fault it belongs to.
     let mut events: Vec<(Duration, bool, &Fault)> = Vec::new();
@@ -135,22 +138,38 @@ async fn round(stage: &mut Stage, probes: &Probes, faults: &[Fault]) -> anyhow::
         ensure!(!late, "writable are {writable:?}, the primary is {}", status.current_region);
     };
     let whole = peace.elapsed();
-    let acknowledged = probes.check(&stage.cluster).await?;
+    // What is lost stays lost; a node that does not answer now is asked again.
+    let deadline = Instant::now() + WHOLE;
+    let acknowledged = loop {
+        stage.settle().await?;
+        match probes.check(&stage.cluster).await {
+            Ok(acknowledged) => break acknowledged,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    };
     // A snapshot: what it counts is acknowledged, so it must be stored, as soon as the consumer has it.
     let ledger = stage.ledger()?;
     let deadline = Instant::now() + WHOLE;
     loop {
-        stage.cluster.wait_replayed(WHOLE).await?;
-        let report = stage.compare(&ledger, &["region1", "region2"]).await?;
-        if report.holds() {
+        stage.settle().await?;
+        let found = stage.compare(&ledger, &["region1", "region2"]).await;
+        if found.as_ref().is_ok_and(Report::holds) {
             break;
         }
         if Instant::now() > deadline {
+            let report = found?;
             bail!("acknowledged and not stored: {report}");
         }
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        tokio::time::sleep(AGAIN).await;
     }
-    let history = stage.regions()?.history().await?;
+    let history = loop {
+        match stage.regions()?.history().await {
+            Ok(history) => break history,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => tokio::time::sleep(AGAIN).await,
+        }
+    };
     ensure!(history.verification.is_some_and(|found| found.intact), "the history is broken");
     let made = status.failover_count - failovers;
     Ok(format!(

@@ -19,7 +19,7 @@ use playground::postgres::Role;
 
 const POLL: Duration = Duration::from_millis(50);
 /// Nothing in flight and nothing new for this long: what has not come will not come.
-const QUIET: Duration = Duration::from_secs(3);
+const QUIET: Duration = Duration::from_secs(10);
 /// Something in flight and no progress for this long: the consumer is stuck.
 const STUCK: Duration = Duration::from_secs(60);
 const REPLAY: Duration = Duration::from_secs(120);

@@ -11,7 +11,7 @@ use playground::mosquitto::Mosquitto;
 use playground::program::{Launch, Program};
 use playground::scratch::Scratch;
 
-pub(super) const READY: Duration = Duration::from_secs(60);
+pub(super) const READY: Duration = Duration::from_secs(120);
 
 /// Clients before servers, files last: dropping goes in this order.
 pub(super) struct Stage {

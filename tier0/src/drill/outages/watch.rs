@@ -24,7 +24,7 @@ const CATCH_UP: Duration = Duration::from_secs(900);
 const GRACE: Duration = Duration::from_secs(120);
 const REPLAY: Duration = Duration::from_secs(120);
 /// Nothing waits and nothing comes for this long: what has not come will not come.
-const QUIET: Duration = Duration::from_secs(5);
+const QUIET: Duration = Duration::from_secs(15);
 /// Longest wait for what the broker still holds when the devices have stopped.
 const DRAIN: Duration = Duration::from_secs(600);
 
