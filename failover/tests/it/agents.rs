@@ -1,10 +1,7 @@
 //! Orders given to agents directly, in an order that an orchestrator would come to only by bad luck.
 
-use std::time::Duration;
-
 use failover::protocol::Postmaster;
 use serde_json::json;
-use tokio::time::sleep;
 
 use crate::fixture::Setup;
 
@@ -19,9 +16,11 @@ async fn a_halt_during_a_clone_holds_when_the_clone_is_through() {
     assert_eq!(fixture.order("region2", halt.clone()).await.0, 200);
     let clone = stand("clone");
     let (cloned, halted) = tokio::join!(fixture.order("region2", clone), async {
-        while !matches!(fixture.agent("region2").await.postmaster, Postmaster::Rebuilding { .. }) {
-            sleep(Duration::from_millis(2)).await;
-        }
+        fixture
+            .agent_until("region2", "cloned", |status| {
+                matches!(status.postmaster, Postmaster::Rebuilding { .. })
+            })
+            .await;
         fixture.order("region2", halt).await
     });
     assert_eq!(halted.0, 200, "{}", halted.1);
@@ -65,11 +64,8 @@ async fn two_histories_under_one_timeline_are_not_mixed() {
     // Somebody may have acknowledged something on it: a person has to say that it may go.
     fixture.discard("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
-    let db = fixture.admin("region2").await;
-    let sql = "SELECT to_regclass('stray') IS NULL, to_regclass('mine') IS NOT NULL";
-    let row = db.query_one(sql, &[]).await.unwrap();
-    assert_eq!((row.get(0), row.get(1)), (true, true), "region2 has region1's history and no other");
-    drop(db);
+    let sql = "SELECT to_regclass('stray') IS NULL AND to_regclass('mine') IS NOT NULL";
+    assert!(fixture.ask::<bool>("region2", sql).await, "region2 has region1's history and no other");
 
     // And an agent that is told to rewind all the same says that nothing was compared, where pg_rewind says that all is well.
     fixture.orchestrator.kill9().await.unwrap();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::fixture::{Setup, TOKEN};
+use crate::fixture::{LIMIT, Setup, TOKEN};
 use crate::load::Load;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -13,7 +13,7 @@ async fn a_caller_that_hangs_up_leaves_nothing_behind() {
     let load = Load::start(&fixture.database()).await;
     // The switchover begins and cannot end while its source is frozen.
     fixture.agents[0].pause();
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + LIMIT;
     while !fixture.status().await.failover_under_way {
         assert!(Instant::now() < deadline, "{:#?}", fixture.status().await);
         let url = format!("http://127.0.0.1:{}/failover/region2", fixture.orchestrator.port());
@@ -46,8 +46,8 @@ async fn when_no_standby_can_be_detached_the_stopped_primary_goes_on() {
     fixture.kill_postmaster("region1");
     let killed = Instant::now();
     load.commits_after(killed, 10).await;
-    assert!(killed.elapsed() < Duration::from_secs(20), "writes go on after {:?}", killed.elapsed());
-    assert_eq!(fixture.writable().await, ["region1"]);
+    assert!(killed.elapsed() < Duration::from_secs(60), "writes go on after {:?}", killed.elapsed());
+    fixture.leads_alone("region1").await;
     let tries = fixture.history().await.failovers;
     assert_eq!(tries.len(), 1, "{tries:#?}");
     assert!(!tries[0].success && tries[0].error.as_ref().unwrap().step == "fence", "{tries:#?}");

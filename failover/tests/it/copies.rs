@@ -54,7 +54,7 @@ async fn a_third_node_that_hangs_holds_nobody_up() {
     assert!(last.success, "{last:#?}");
     load.commits_after(Instant::now(), 10).await;
     println!("{:?}, {:?}", load.gap_since(started), last.steps);
-    assert!(load.gap_since(started) < Duration::from_secs(10), "{:?}", load.gap_since(started));
+    assert!(load.gap_since(started) < Duration::from_secs(20), "{:?}", load.gap_since(started));
     fixture.agents[2].resume();
     fixture.whole().await;
     load.finish().await;
@@ -70,11 +70,11 @@ async fn two_copies_means_that_nothing_is_acknowledged_with_one() {
     let decided = Instant::now();
     // Longer than it takes to promote, and than the standby is missed for.
     sleep(Duration::from_secs(5)).await;
-    assert_eq!(fixture.writable().await, ["region2"]);
+    fixture.leads_alone("region2").await;
     assert!(load.is_silent_since(decided), "acknowledged with one copy");
     fixture.revive_node("region1").await;
     load.commits_after(killed, 10).await;
-    let status = fixture.whole().await;
-    assert_eq!(status.wait_for, ["region1".to_owned()].into());
+    fixture.whole().await;
+    fixture.until("waited for", |status| status.wait_for == ["region1".to_owned()].into()).await;
     load.finish().await;
 }

@@ -53,7 +53,7 @@ async fn its_data_can_be_used_when_the_new_primarys_disk_dies() {
     load.commits_after(Instant::now(), 10).await;
     fixture.revive_node("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
-    assert_eq!(fixture.writable().await, ["region1"]);
+    fixture.leads_alone("region1").await;
     // And it is as good a pair as any.
     assert!(fixture.switch("region2").await.success);
     load.commits_after(Instant::now(), 10).await;
@@ -80,7 +80,7 @@ async fn a_lost_primary_that_returns_after_all_is_kept_and_then_rewound() {
     // It may have what was lost: it is left as it is until a person has taken that out.
     fixture.discard("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
-    assert_eq!(fixture.writable().await, ["region1"]);
+    fixture.leads_alone("region1").await;
     assert_eq!(other.try_wait().unwrap(), None, "whoever has the number is left alone");
     other.kill().unwrap();
     other.wait().unwrap();
@@ -94,10 +94,10 @@ async fn a_woken_node_gives_way_when_the_primary_returns() {
     let mut fixture = Setup::default().start().await;
     let load = Load::start(&fixture.database()).await;
     the_former_primary_is_left(&mut fixture, &load).await;
-    assert!(fixture.agent("region1").await.estranged);
+    fixture.agent_until("region1", "estranged", |status| status.estranged).await;
     fixture.revive_node("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region2");
-    assert!(!fixture.agent("region1").await.estranged);
+    fixture.agent_until("region1", "a standby like others", |status| !status.estranged).await;
     load.finish().await;
 }
 

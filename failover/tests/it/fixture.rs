@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
 use failover::protocol::NodeStatus;
 use failover_api::{HistoryReport, Report, Status};
 use ingest::settings::DatabaseSettings;
@@ -12,15 +13,17 @@ use playground::program::{Launch, Program};
 use playground::redis::Redis;
 use playground::regions::{Plan, Regions, is_whole, kill_postmaster};
 use playground::scratch::Scratch;
-use reqwest::{Client, Method};
+use reqwest::{Client, Method, RequestBuilder, Response};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use service::secret::Secret;
 use tokio::time::{Instant, sleep};
+use tokio_postgres::types::FromSqlOwned;
 
 pub(crate) const TOKEN: &str = "a-token-for-people-0123456789";
 pub(crate) const AGENT_TOKEN: &str = "a-token-for-agents-0123456789";
-const LIMIT: Duration = Duration::from_secs(60);
+/// For everything that has to happen: tests share the machine with whatever else runs.
+pub(crate) const LIMIT: Duration = Duration::from_secs(120);
 
 /// Everything, running. Fields are dropped in this order.
 pub(crate) struct Fixture {
@@ -31,6 +34,33 @@ pub(crate) struct Fixture {
     pub(crate) http: Client,
     launch: Launch,
     pub(crate) scratch: Scratch,
+}
+
+/// Asks until there is an answer. An error is none: the server may be starting, or end its sessions because its role changes.
+pub(crate) async fn answered<T>(what: &str, ask: impl AsyncFn() -> anyhow::Result<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match ask().await {
+            Ok(answer) => return answer,
+            Err(error) => {
+                assert!(Instant::now() < deadline, "{what}: no answer within {LIMIT:?}: {error:#}");
+            }
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Sends it once. Whoever is not reached, because it is only just starting, has not got it.
+async fn send(request: RequestBuilder) -> Response {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match request.try_clone().unwrap().send().await {
+            Ok(response) => return response,
+            Err(error) if error.is_connect() && Instant::now() < deadline => {}
+            Err(error) => panic!("{error:?}"),
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// What differs from test to test.
@@ -76,7 +106,8 @@ impl Setup {
         if let Some(redis) = &mut redis {
             redis.settled(LIMIT).await.unwrap();
         }
-        let http = Client::builder().no_proxy().build().unwrap();
+        // A connection of before a restart is of no use after it.
+        let http = Client::builder().no_proxy().pool_max_idle_per_host(0).build().unwrap();
         let fixture = Fixture { orchestrator, agents, cluster, redis, http, launch, scratch };
         fixture.whole().await;
         fixture
@@ -128,7 +159,7 @@ impl Fixture {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let response = request.send().await.unwrap();
+        let response = send(request).await;
         let status = response.status().as_u16();
         (status, serde_json::from_str(&response.text().await.unwrap()).unwrap_or(Value::Null))
     }
@@ -158,21 +189,18 @@ impl Fixture {
         self.call(Method::POST, &format!("/adopt/{region}?{query}"), Some(TOKEN), None).await
     }
 
-    async fn get<T: DeserializeOwned>(&self, path: &str) -> Option<T> {
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
         let url = format!("http://127.0.0.1:{}{path}", self.orchestrator.port());
-        let response = self.http.get(url).timeout(Duration::from_secs(5)).send().await.ok()?;
-        if !response.status().is_success() {
-            return None;
-        }
-        Some(response.json().await.unwrap())
+        let response = self.http.get(url).timeout(Duration::from_secs(20)).send().await?;
+        response.error_for_status()?.json().await.context("understand the answer")
     }
 
     pub(crate) async fn status(&self) -> Status {
-        self.get("/status").await.unwrap()
+        answered("status", async || self.get("/status").await).await
     }
 
     pub(crate) async fn history(&self) -> HistoryReport {
-        self.get("/history?verify=true").await.unwrap()
+        answered("history", async || self.get("/history?verify=true").await).await
     }
 
     /// Waits until the status fulfils a condition.
@@ -186,8 +214,8 @@ impl Fixture {
         let deadline = called + LIMIT;
         loop {
             let asked = called.elapsed();
-            let status: Option<Status> = self.get("/status").await;
-            if let Some(status) = &status
+            let status: anyhow::Result<Status> = self.get("/status").await;
+            if let Ok(status) = &status
                 && condition(status, asked)
             {
                 return status.clone();
@@ -245,14 +273,32 @@ impl Fixture {
         let url = format!("http://127.0.0.1:{}/v1/orders", self.agents[self.index(region)].port());
         let body = json!({"orchestrator": orchestrator, "epoch": epoch, "limit_ms": 60_000, "what": what});
         let request = self.http.post(url).bearer_auth(AGENT_TOKEN).timeout(LIMIT).json(&body);
-        let response = request.send().await.unwrap();
+        let response = send(request).await;
         (response.status().as_u16(), response.json().await.unwrap())
     }
 
     /// What an agent says.
     pub(crate) async fn agent(&self, region: &str) -> NodeStatus {
         let url = format!("http://127.0.0.1:{}/v1/status", self.agents[self.index(region)].port());
-        self.http.get(url).bearer_auth(AGENT_TOKEN).send().await.unwrap().json().await.unwrap()
+        answered(region, async || {
+            let request = self.http.get(&url).bearer_auth(AGENT_TOKEN).timeout(Duration::from_secs(20));
+            let response = request.send().await?.error_for_status()?;
+            response.json().await.context("understand the answer")
+        })
+        .await
+    }
+
+    /// Waits until an agent says so.
+    pub(crate) async fn agent_until(&self, region: &str, what: &str, says: impl Fn(&NodeStatus) -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let status = self.agent(region).await;
+            if says(&status) {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{region}: not {what} within {LIMIT:?}: {status:#?}");
+            sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub(crate) fn upstream(&self, region: &str) -> Value {
@@ -265,11 +311,35 @@ impl Fixture {
     }
 
     pub(crate) async fn admin(&self, region: &str) -> Db {
-        self.cluster.nodes[self.index(region)].admin().await.unwrap()
+        answered(region, async || self.cluster.nodes[self.index(region)].admin().await).await
+    }
+
+    /// The one value that a query finds there, in a session of its own.
+    pub(crate) async fn ask<T: FromSqlOwned>(&self, region: &str, sql: &str) -> T {
+        answered(sql, async || {
+            let db = self.cluster.nodes[self.index(region)].admin().await?;
+            Ok(db.query_one(sql, &[]).await?.try_get(0)?)
+        })
+        .await
     }
 
     /// Nodes that accept writes now. Looked at directly, not through the orchestrator.
     pub(crate) async fn writable(&self) -> Vec<String> {
         self.cluster.writable().await
+    }
+
+    /// This node accepts writes, and no other one does. A node that gives no answer is not seen: it is asked again, while
+    /// another one that is seen is one too many at any time.
+    pub(crate) async fn leads_alone(&self, region: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let writable = self.writable().await;
+            assert!(writable.iter().all(|name| name == region), "not {region} alone: {writable:?}");
+            if !writable.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{region} takes no writes");
+            sleep(Duration::from_millis(20)).await;
+        }
     }
 }

@@ -8,13 +8,10 @@ use reqwest::Method;
 use serde_json::json;
 use tokio::time::{Instant, sleep};
 
-use crate::fixture::{Fixture, Setup, TOKEN};
+use crate::fixture::{Fixture, LIMIT, Setup, TOKEN, answered};
 
-/// What something broken would exceed: Sentinels whose election fails try again after 10 s. The promised 5 s are for
-/// `make bench-failover`.
-const LIMIT: Duration = Duration::from_secs(30);
 /// A Sentinel that was stopped for 2 s or more carries out nothing for its first 30 s (TILT).
-const TILT: Duration = Duration::from_secs(90);
+const TILT: Duration = Duration::from_secs(180);
 
 fn step(report: &Report) -> &StepRecord {
     report.steps.iter().find(|step| step.action == "redis").unwrap()
@@ -42,7 +39,16 @@ async fn quiet(fixture: &Fixture, region: &str) {
 }
 
 async fn role(fixture: &Fixture, region: usize) -> String {
-    fixture.redis.as_ref().unwrap().instances[region].role().await.unwrap()
+    // When its role changes, Sentinel ends everybody's connections.
+    answered("its role", async || fixture.redis.as_ref().unwrap().instances[region].role().await).await
+}
+
+async fn until_role(fixture: &Fixture, region: usize, wanted: &str) {
+    let started = Instant::now();
+    while role(fixture, region).await != wanted {
+        assert!(started.elapsed() < LIMIT, "Redis of region {} is no {wanted} after {LIMIT:?}", region + 1);
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 fn pause_sentinels(fixture: &mut Fixture, first: usize) {
@@ -99,10 +105,7 @@ async fn the_master_follows_the_region() {
         fixture.whole().await;
         // The Sentinels refuse a second failover of the same master for twice their failover timeout, unless the
         // old master is back as a replica by then.
-        let redis = fixture.redis.as_ref().unwrap();
-        while redis.instances[1 - index].role().await.unwrap() != "slave" {
-            sleep(Duration::from_millis(20)).await;
-        }
+        until_role(&fixture, 1 - index, "slave").await;
     }
 }
 
@@ -192,12 +195,22 @@ async fn a_sentinel_that_lies_is_not_believed() {
     assert_eq!(step.status, StepStatus::Done, "{step:?}");
     assert_eq!(role(&fixture, 1).await, "master", "done is done: {step:?}");
     redis_is_in(&fixture, 1, LIMIT).await;
+    // The orchestrator looks once a second.
+    quiet(&fixture, "region2").await;
     // Somewhere else, it says: where nothing listens.
     first_sentinel_names(&fixture, playground::port::Port::free().unwrap().number()).await;
-    sleep(Duration::from_secs(3)).await;
-    let status = fixture.status().await;
-    assert_eq!(status.redis.region.as_deref(), Some("region2"), "{:?}", status.redis);
-    assert!(alarms(&status).is_empty(), "{:?}", status.alarms);
+    let lied = Instant::now();
+    while lied.elapsed() < Duration::from_secs(3) {
+        let status = fixture.status().await;
+        // A Sentinel that is late for once may make it unknown.
+        assert!(
+            status.redis.region.as_deref().is_none_or(|region| region == "region2"),
+            "{:?}",
+            status.redis
+        );
+        sleep(Duration::from_millis(50)).await;
+    }
+    quiet(&fixture, "region2").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use failover_api::{Mode, Role};
+use failover_api::{Mode, Role, Status};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use crate::fixture::{AGENT_TOKEN, Fixture, Setup, TOKEN};
+use crate::fixture::{AGENT_TOKEN, Fixture, LIMIT, Setup, TOKEN};
 use crate::load::Load;
 
 fn code(body: &Value) -> &str {
@@ -114,7 +114,7 @@ async fn an_agent_obeys_nobody_but_its_orchestrator() {
     let big = "x".repeat(100_000);
     let answer = fixture.http.post(&url).bearer_auth(AGENT_TOKEN).body(big).send().await.unwrap();
     assert!(answer.status().is_client_error());
-    assert_eq!(fixture.writable().await, ["region1"]);
+    fixture.leads_alone("region1").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -131,7 +131,7 @@ async fn paused_means_nothing_happens_until_somebody_says_so() {
     // Longer than an automatic failover ever takes.
     sleep(Duration::from_secs(2)).await;
     assert_eq!(fixture.status().await.current_region, "region1");
-    assert!(fixture.status().await.alarms.iter().any(|alarm| alarm.contains("paused")));
+    fixture.until("said", |status| status.alarms.iter().any(|alarm| alarm.contains("paused"))).await;
 
     let (found, report) = fixture.failover("region2", "?while_paused=true").await;
     assert_eq!(found, 200, "{report:#}");
@@ -205,9 +205,12 @@ async fn degraded_and_back() {
     let killed = Instant::now();
     fixture.kill_node("region2").await;
     load.commits_after(killed + Duration::from_millis(800), 10).await;
-    let status =
-        fixture.until("degraded", |status| status.sync_set.is_empty() && status.wait_for.is_empty()).await;
-    assert!(status.alarms.iter().any(|alarm| alarm.contains("ONE COPY")), "{:?}", status.alarms);
+    fixture
+        .until("degraded", |status| {
+            let said = status.alarms.iter().any(|alarm| alarm.contains("ONE COPY"));
+            status.sync_set.is_empty() && status.wait_for.is_empty() && said
+        })
+        .await;
     let waited = load.gap_since(killed);
     assert!(waited >= Duration::from_millis(900), "commits waited for the standby first: {waited:?}");
 
@@ -215,7 +218,7 @@ async fn degraded_and_back() {
     assert_eq!((found, code(&body)), (412, "target_not_running"), "{body}");
     let postmaster = fixture.postmaster("region1");
     fixture.kill_postmaster("region1");
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + LIMIT;
     // Nobody else has everything: it is started where it is.
     while fixture.status().await.primary_condition != "alive"
         || fixture.started("region1").is_none_or(|pid| pid == postmaster)
@@ -227,11 +230,13 @@ async fn degraded_and_back() {
     assert!(fixture.history().await.failovers.is_empty());
 
     fixture.revive_node("region2").await;
-    let status = fixture.whole().await;
-    assert_eq!(status.current_region, "region1");
-    assert!(status.alarms.is_empty(), "{:?}", status.alarms);
-    let waits: String =
-        fixture.admin("region1").await.query_one("SHOW synchronous_standby_names", &[]).await.unwrap().get(0);
+    assert_eq!(fixture.whole().await.current_region, "region1");
+    fixture
+        .until("as before", |status| {
+            status.alarms.is_empty() && status.wait_for == ["region2".to_owned()].into()
+        })
+        .await;
+    let waits: String = fixture.ask("region1", "SHOW synchronous_standby_names").await;
     assert_eq!(waits, "FIRST 1 (\"region2\")");
     load.finish().await;
 }
@@ -250,26 +255,26 @@ async fn loss_needs_a_word_from_an_operator() {
     fixture.until("a standby", |status| status.nodes[1].role == Role::Standby).await;
     let (found, body) = fixture.failover("region2", "").await;
     assert_eq!((found, code(&body)), (503, "no_safe_candidate"), "{body}");
-    let status = fixture.status().await;
+    let said = |status: &Status| status.alarms.iter().any(|alarm| alarm.contains("allow_data_loss"));
+    let status = fixture.until("said", said).await;
     assert_eq!(status.current_region, "region1", "nothing is promoted by itself");
-    assert!(status.alarms.iter().any(|alarm| alarm.contains("allow_data_loss")), "{:?}", status.alarms);
 
     let (found, report) = fixture.failover("region2", "?allow_data_loss=true").await;
     assert_eq!(found, 200, "{report:#}");
     assert_eq!(report["kind"], json!("forced"));
     fixture.revive_node("region1").await;
-    fixture.until("there", |status| status.nodes[0].role == Role::Stopped).await;
+    let kept = |status: &Status| status.nodes[0].kept.is_some() && status.nodes[0].role == Role::Stopped;
+    fixture.until("there", kept).await;
     // The only copy of what was lost: nobody rewrites it.
     let control = fixture.agent("region1").await.control;
-    tokio::time::sleep(std::time::Duration::from_secs(8)).await;
-    let status = fixture.status().await;
-    assert!(status.nodes[0].kept.is_some() && status.nodes[0].role == Role::Stopped, "{status:#?}");
+    sleep(Duration::from_secs(8)).await;
+    fixture.until("as it was", kept).await;
     assert_eq!(fixture.agent("region1").await.control, control, "as it was");
     let (found, body) = fixture.call(Method::POST, "/discard/region2", Some(TOKEN), None).await;
     assert_eq!((found, code(&body)), (409, "not_kept"), "{body}");
     fixture.discard("region1").await;
     assert_eq!(fixture.whole().await.current_region, "region2");
-    assert_eq!(fixture.writable().await, ["region2"]);
+    fixture.leads_alone("region2").await;
 }
 
 /// A node that never had data, or lost its disk, is cloned, and is as good as any other afterwards.

@@ -6,7 +6,7 @@ use playground::collector::{Collector, Span};
 
 use crate::fixture::Setup;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_is_one_trace_with_a_span_for_each_step() {
@@ -15,7 +15,9 @@ async fn a_failover_is_one_trace_with_a_span_for_each_step() {
     let setup = Setup::default().set("traces.endpoint", collector.endpoint()).set("traces.sample", "0");
     let fixture = setup.start().await;
     let report = fixture.switch("region2").await;
-    let spans = collector.until(PATIENCE, |spans| !spans.is_empty()).await.unwrap();
+    // They may come in pieces.
+    let all = |spans: &[Span]| spans.len() > report.steps.len();
+    let spans = collector.until(PATIENCE, all).await.unwrap();
     let [root] = spans.iter().filter(|span| span.parent.is_empty()).collect::<Vec<&Span>>()[..] else {
         panic!("{spans:#?}")
     };

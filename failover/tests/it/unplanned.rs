@@ -6,8 +6,8 @@ use failover_api::{Kind, Status};
 use nix::sys::signal::{Signal, kill};
 use tokio::time::Instant;
 
-use crate::fixture::{Fixture, Setup};
-use crate::load::Load;
+use crate::fixture::{Fixture, LIMIT, Setup};
+use crate::load::{Load, judge};
 
 /// Tests share the machine with whatever else runs: a bound that something broken would exceed. The figures are for
 /// `make bench-failover`, on a quiet machine.
@@ -39,11 +39,6 @@ async fn gap(fixture: &Fixture, load: &Load, from: &str, started: Instant) -> (D
     (gap, status)
 }
 
-fn median(mut gaps: Vec<Duration>) -> Duration {
-    gaps.sort();
-    gaps[gaps.len() / 2]
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_postmaster_is_replaced_and_comes_back_as_standby() {
     let fixture = Setup::default().start().await;
@@ -62,10 +57,10 @@ async fn a_killed_postmaster_is_replaced_and_comes_back_as_standby() {
         let rejoin = Instant::now();
         fixture.whole().await;
         println!("whole again after {:?}", rejoin.elapsed());
-        assert_eq!(fixture.writable().await, [other(&from)]);
+        fixture.leads_alone(other(&from)).await;
     }
     load.finish().await;
-    assert!(median(gaps.clone()) <= MOST, "{gaps:?}");
+    judge(gaps, MOST);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,7 +80,7 @@ async fn a_killed_node_is_replaced_and_comes_back_as_standby() {
         println!("whole again after {:?}", rejoin.elapsed());
     }
     load.finish().await;
-    assert!(median(gaps.clone()) <= MOST, "{gaps:?}");
+    judge(gaps, MOST);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -104,10 +99,10 @@ async fn a_frozen_node_is_replaced_and_cannot_acknowledge_when_it_thaws() {
         let rejoin = Instant::now();
         fixture.whole().await;
         println!("whole again after {:?}", rejoin.elapsed());
-        assert_eq!(fixture.writable().await, [other(&from)]);
+        fixture.leads_alone(other(&from)).await;
     }
     load.finish().await;
-    assert!(median(gaps.clone()) <= MOST * 2, "{gaps:?}");
+    judge(gaps, MOST * 2);
 }
 
 /// The postmaster alone frozen: open sessions go on, a standby streams, so the primary lives.
@@ -143,13 +138,15 @@ async fn a_node_whose_wal_is_gone_is_cloned() {
     fixture.kill_node("region2").await;
     fixture.until("degraded", |status| status.wait_for.is_empty()).await;
     let db = fixture.admin("region1").await;
-    for _ in 0..3 {
+    let sql = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'region2'";
+    let began = Instant::now();
+    // It goes with a checkpoint, but not with one that had begun before there was enough of it.
+    while db.query_one(sql, &[]).await.unwrap().get::<_, String>(0) != "lost" {
+        assert!(began.elapsed() < LIMIT, "the WAL stays");
         db.batch_execute("SELECT pg_switch_wal()").await.unwrap();
         load.commits_after(Instant::now(), 10).await;
         db.batch_execute("CHECKPOINT").await.unwrap();
     }
-    let sql = "SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'region2'";
-    assert_eq!(db.query_one(sql, &[]).await.unwrap().get::<_, String>(0), "lost", "the test is one");
     drop(db);
     fixture.revive_node("region2").await;
     let status = fixture.whole().await;
