@@ -124,6 +124,8 @@ pub fn forget_dead(data: &Path) -> anyhow::Result<()> {
 mod tests {
     use super::*;
 
+    const SOON: Duration = Duration::from_secs(60);
+
     #[test]
     fn only_a_living_postmaster_of_this_data_keeps_its_lock_file() {
         let data = tempfile::tempdir().unwrap();
@@ -140,9 +142,9 @@ mod tests {
         let program = data.path().join("postgres");
         std::fs::copy("/bin/sleep", &program).unwrap();
         let mut child =
-            std::process::Command::new(&program).arg("60").current_dir(data.path()).spawn().unwrap();
+            std::process::Command::new(&program).arg("600").current_dir(data.path()).spawn().unwrap();
         let pid = child.id();
-        let deadline = std::time::Instant::now() + LIMIT;
+        let deadline = std::time::Instant::now() + SOON;
         while inside(data.path()).is_empty() {
             assert!(std::time::Instant::now() < deadline, "not seen");
         }
@@ -158,11 +160,11 @@ mod tests {
 
     #[test]
     fn a_killed_process_is_exiting_until_it_is_reaped() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
         assert!(!is_exiting(pid));
         child.kill().unwrap();
-        let deadline = std::time::Instant::now() + LIMIT;
+        let deadline = std::time::Instant::now() + SOON;
         while !is_exiting(pid) {
             assert!(std::time::Instant::now() < deadline, "killed, and it goes on");
         }
@@ -173,14 +175,14 @@ mod tests {
     #[tokio::test]
     async fn a_session_that_ends_shows_whether_the_postmaster_dies() {
         let shared = Shared::new("a", 1, 0);
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let pid = i32::try_from(child.id()).ok().map(Pid::from_raw);
         shared.postmaster(Postmaster::Running, None);
         let soon = Duration::from_millis(100);
         shared.session_ended.notify_one();
         assert!(tokio::time::timeout(soon, dies(pid, &shared)).await.is_err(), "it lives");
         child.kill().unwrap();
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + SOON;
         while !is_exiting(pid.unwrap()) {
             assert!(Instant::now() < deadline, "killed, and it goes on");
         }
@@ -189,7 +191,7 @@ mod tests {
         assert!(tokio::time::timeout(soon, dies(pid, &shared)).await.is_err(), "it was asked to");
         shared.postmaster(Postmaster::Running, None);
         shared.session_ended.notify_one();
-        let known = tokio::time::timeout(LIMIT, dies(pid, &shared)).await;
+        let known = tokio::time::timeout(SOON, dies(pid, &shared)).await;
         child.wait().unwrap();
         known.unwrap();
     }
