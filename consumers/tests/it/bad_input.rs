@@ -7,7 +7,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use playground::cluster::Options;
 
-use crate::floor::{Floor, READINGS, reading, topic};
+use crate::floor::{Floor, READINGS, reading, topic, until_metric};
 
 fn gzip(text: &str) -> Vec<u8> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
@@ -51,6 +51,7 @@ async fn bad_input_ends_as_a_row_or_a_dead_letter_and_the_rest_is_stored() {
         with(103, ":103}", ":\"日本 \\ud83d\\ude00\"}").into(),
     ];
     let mut publisher = floor.publisher();
+    let messages = 99 + bad.len() + good.len() + 3;
     publisher.publish_readings(1, 50);
     for (_, topic, payload) in &bad {
         publisher.publish(topic, payload.clone());
@@ -87,6 +88,8 @@ async fn bad_input_ends_as_a_row_or_a_dead_letter_and_the_rest_is_stored() {
         *found.entry(reason).or_default() += 1;
     }
     assert_eq!(found, expected);
+    // What is in the tables is counted, and acknowledged, a moment later.
+    until_metric(&floor.consumer, "ingest_acknowledged_total", messages as u64).await;
     let metrics = floor.consumer.metrics().await.unwrap();
     for (reason, count) in expected {
         let counted = metrics.labelled("ingest_dead_letters_total", "reason", &reason);

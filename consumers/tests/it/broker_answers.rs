@@ -59,8 +59,8 @@ async fn an_answer_to_connect_that_will_not_do_is_said_with_what_to_do() {
 
 #[tokio::test]
 async fn the_brokers_keep_alive_holds_instead_of_ours() {
-    // Ours is a minute: a ping within it, but long after the broker has lost patience.
-    let rig = Rig::with(10, |mqtt| mqtt.keep_alive = Duration::from_secs(60)).await;
+    // Ours is ten minutes: a ping within it, but long after the broker has lost patience.
+    let rig = Rig::with(10, |mqtt| mqtt.keep_alive = Duration::from_secs(600)).await;
     let mut session = rig.broker.accept().await;
     session.connect().await;
     session.send(&granted(&[0x13, 0, 2])).await;
@@ -69,7 +69,7 @@ async fn the_brokers_keep_alive_holds_instead_of_ours() {
     let started = Instant::now();
     session.nothing_but_a_ping().await;
     session.nothing_but_a_ping().await;
-    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     rig.end().await;
 }
 

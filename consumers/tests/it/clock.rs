@@ -25,8 +25,16 @@ async fn until(what: &str, condition: impl AsyncFn() -> bool) {
     }
 }
 
+/// Waits for an answer: the process may only be starting.
 async fn gauge(program: &Program, name: &str) -> f64 {
-    program.metrics().await.map_or(f64::NAN, |metrics| metrics.sum(name))
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match program.metrics().await {
+            Ok(metrics) => return metrics.sum(name),
+            Err(error) => assert!(Instant::now() < deadline, "{name} of {}: {error:#}", program.name()),
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Waits until the process says how far its clock is from the primary's, in hours.
@@ -37,8 +45,13 @@ async fn until_offset(program: &Program, hours: f64) {
     .await;
 }
 
+/// Status 0: no answer.
 async fn health(program: &Program) -> (u16, String) {
-    http::get(program.port(), "/health/ready").await.unwrap()
+    http::get(program.port(), "/health/ready").await.unwrap_or_else(|error| (0, format!("{error:#}")))
+}
+
+async fn until_health(program: &Program, status: u16) {
+    until(&format!("{} says {status}", program.name()), async || health(program).await.0 == status).await;
 }
 
 /// Waits until the process has looked for old partitions twice more.
@@ -101,7 +114,7 @@ async fn a_consumer_whose_clock_is_set_wrong_drops_nothing_and_refuses_nothing()
         .await;
         two_more_looks(&floor.consumer).await;
         books.hold(&floor).await;
-        assert!(log(&floor.consumer).contains("are apart: nothing is dropped"), "{offset}");
+        until(offset, async || log(&floor.consumer).contains("are apart: nothing is dropped")).await;
         clock.set("+0").unwrap();
         until("it is ready again", async || health(&floor.consumer).await.0 == 200).await;
         books.live(&floor, 100).await;
@@ -131,7 +144,7 @@ async fn a_consumer_that_starts_with_a_wrong_clock_does_no_harm() {
         books.live(&floor, 200).await;
         two_more_looks(&floor.consumer).await;
         books.hold(&floor).await;
-        assert_eq!(health(&floor.consumer).await.0, 503);
+        until_health(&floor.consumer, 503).await;
     }
     clock.set("+0").unwrap();
     floor.consumer.ready(PATIENCE).await.unwrap();
@@ -153,7 +166,7 @@ async fn clocks_that_jump_together_are_not_believed_before_readings_agree() {
         clock.set(offset).unwrap();
         books.live(&floor, 100).await;
         until("it is said", async || gauge(&floor.consumer, "ingest_clock_uncertain").await == 1.0).await;
-        assert!(log(&floor.consumer).contains("the clocks have jumped"), "{offset}");
+        until(offset, async || log(&floor.consumer).contains("the clocks have jumped")).await;
         // The two agree with one another.
         until_offset(&floor.consumer, 0.0).await;
         books.live(&floor, 300).await;
@@ -240,8 +253,9 @@ async fn one_of_two_consumers_drifts_away_and_comes_back() {
         books.live(&floor, 100).await;
     }
     until_offset(other, -30.0).await;
-    assert_eq!(health(other).await.0, 503);
-    assert_eq!(health(&right).await.0, 200, "the other one is right");
+    until_health(other, 503).await;
+    // The other one is right.
+    until_health(&right, 200).await;
     until("the other one is elected", async || gauge(&right, SUCCEEDED).await > 0.0).await;
     two_more_looks(&right).await;
     books.live(&floor, 400).await;

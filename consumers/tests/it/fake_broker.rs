@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use wire::mqtt::MqttSettings;
 
 /// For everything that must happen.
-pub(crate) const SOON: Duration = Duration::from_secs(20);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// Listens on a port of its own.
 pub(crate) struct FakeBroker {

@@ -13,7 +13,7 @@ use rumqttc::v5::mqttbytes::v5::{Packet, PubAckReason};
 use rumqttc::v5::{AsyncClient, Event, EventLoop, MqttOptions};
 use tokio::time::{Instant, sleep, timeout};
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 pub(crate) struct Floor {
     pub(crate) consumer: Program,
@@ -122,6 +122,8 @@ impl Publisher {
             MqttOptions::new(format!("test-{port}-{:?}", std::thread::current().id()), "127.0.0.1", port);
         options.set_outgoing_inflight_upper_limit(1000);
         options.set_max_packet_size(Some(1 << 20));
+        // Between two calls of ours it sends nothing.
+        options.set_keep_alive(Duration::from_secs(3_600));
         let (client, events) = AsyncClient::new(options, 20_000);
         Self { client, events, open: 0 }
     }

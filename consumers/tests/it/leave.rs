@@ -5,7 +5,7 @@ use playground::cluster::Options;
 use playground::program::{Launch, Program};
 use rumqttc::v5::mqttbytes::v5::{Packet, Publish};
 use rumqttc::v5::{Event, EventLoop, MqttOptions};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::fake_broker::{Rig, message};
 use crate::floor::{Floor, PATIENCE, READINGS};
@@ -237,6 +237,7 @@ async fn a_member_leaves_under_load_and_its_part_is_stored() {
 
     let mut leaving = leave(&floor, "member-b", SHARED).await;
     let mut sent = 5_000;
+    let deadline = Instant::now() + PATIENCE;
     let status = loop {
         // The devices go on meanwhile.
         publisher.publish_readings(sent, sent + 100);
@@ -245,6 +246,7 @@ async fn a_member_leaves_under_load_and_its_part_is_stored() {
         if let Some(status) = leaving.ended() {
             break status;
         }
+        assert!(Instant::now() < deadline, "it does not leave{}", playground::child::tail(leaving.log(), 40));
     };
     let log = std::fs::read_to_string(leaving.log()).unwrap();
     assert!(status.success() && log.contains("its session is empty and ended"), "{log}");

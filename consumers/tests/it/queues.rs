@@ -197,7 +197,7 @@ async fn what_publishers_write_into_properties_ends_no_connection() {
     stage.until(SESSIONS, 8).await;
     assert_eq!(stage.consumer.metrics().await.unwrap().count("rabbitmq_reconnects_total"), 0);
     stage.until_acknowledged().await;
-    assert_eq!(stage.waiting(&letters).await, 7);
+    stage.until_waiting(&letters, 7).await;
 }
 
 #[tokio::test]

@@ -2,7 +2,6 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
 
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
@@ -42,7 +41,7 @@ pub(crate) fn nested(levels: usize) -> Vec<u8> {
 impl RawPublisher {
     pub(crate) fn connect(port: u16) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(crate::floor::PATIENCE)).unwrap();
         let mut publisher = Self { stream, confirmed: 0 };
         publisher.stream.write_all(b"AMQP\x00\x00\x09\x01").unwrap();
         publisher.until(10, 10);

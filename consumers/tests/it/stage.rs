@@ -16,6 +16,8 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::floor::PATIENCE;
 
 pub(crate) const QUEUE: &str = "user_activity_queue";
+/// What is published again although it had arrived is there twice, which tests that count do not expect.
+const CONFIRM: Duration = Duration::from_secs(30);
 
 pub(crate) struct Stage {
     pub(crate) consumer: Program,
@@ -143,12 +145,25 @@ impl Stage {
         }
     }
 
+    /// A queue whose leader is not elected yet, after the broker has come back, does not answer.
     pub(crate) async fn waiting(&self, queue: &str) -> u32 {
-        let connection = amqp::connect(&self.settings(queue), "test").await.unwrap();
-        let channel = connection.create_channel().await.unwrap();
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        channel.queue_declare(queue.into(), passive, FieldTable::default()).await.unwrap().message_count()
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match waiting_now(&self.settings(queue)).await {
+                Ok(count) => return count,
+                Err(error) => assert!(Instant::now() < deadline, "{queue}: {error:#}"),
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
     }
+}
+
+async fn waiting_now(broker: &Broker) -> anyhow::Result<u32> {
+    let connection = amqp::connect(broker, "test").await?;
+    let channel = connection.create_channel().await?;
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let queue = broker.queue.as_str().into();
+    Ok(channel.queue_declare(queue, passive, FieldTable::default()).await?.message_count())
 }
 
 fn launch(cluster: &Cluster, broker: &RabbitMq) -> Launch {
@@ -172,6 +187,7 @@ impl Publisher {
         let deadline = Instant::now() + PATIENCE;
         while let Err(error) = self.try_publish(&payloads).await {
             assert!(Instant::now() < deadline, "the broker does not confirm: {error}");
+            sleep(Duration::from_millis(20)).await;
         }
     }
 
@@ -189,7 +205,7 @@ impl Publisher {
             confirms.push(confirm.await.map_err(text)?);
         }
         for confirm in confirms {
-            match timeout(Duration::from_secs(8), confirm).await {
+            match timeout(CONFIRM, confirm).await {
                 Ok(Ok(Confirmation::Ack(None))) => {}
                 other => return Err(format!("{other:?}")),
             }

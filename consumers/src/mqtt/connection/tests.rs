@@ -35,7 +35,7 @@ async fn messages_that_come_one_by_one_share_a_piece() {
                 Some(Incoming::Publish(publish)) => held.push(publish.payload),
                 Some(_) => {}
                 None => {
-                    timeout(Duration::from_secs(10), connection.exchange(true)).await.unwrap().unwrap();
+                    timeout(Duration::from_secs(60), connection.exchange(true)).await.unwrap().unwrap();
                 }
             }
         }
