@@ -17,7 +17,7 @@ use tokio::time::{sleep, timeout};
 use wire::ledger::{Ledger, Tally};
 use wire::topic::Topic;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// Consumers keep readings of this age by default.
 const RETENTION_US: i64 = 24 * 3_600_000_000;
 const TOLERANCE_US: i64 = 3_600_000_000;

@@ -7,6 +7,7 @@ use amqp::Broker;
 use futures_util::{FutureExt, StreamExt};
 use lapin::options::{BasicConsumeOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
+use lapin::{Channel, Connection};
 use playground::metrics::Metrics;
 use playground::program::{Launch, Program};
 use playground::rabbitmq::RabbitMq;
@@ -15,7 +16,7 @@ use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 use wire::sessions::SessionLedger;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Users {
     broker: RabbitMq,
@@ -47,15 +48,19 @@ impl Users {
     /// Everything in the queue, oldest first.
     async fn drained(&self) -> Vec<Vec<u8>> {
         let broker = Broker { port: self.broker.port(), ..Broker::default() };
-        let connection = amqp::connect(&broker, "test").await.unwrap();
-        let channel = connection.create_channel().await.unwrap();
-        let queue = || broker.queue.as_str().into();
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-        let waiting =
-            channel.queue_declare(queue(), passive, FieldTable::default()).await.unwrap().message_count();
+        let deadline = Instant::now() + PATIENCE;
+        // A queue whose leader is not elected yet, after the broker has come back, does not answer.
+        let (_connection, channel, waiting) = loop {
+            match opened(&broker).await {
+                Ok(opened) => break opened,
+                Err(error) => assert!(Instant::now() < deadline, "{error:#}"),
+            }
+            sleep(Duration::from_millis(50)).await;
+        };
+        let queue = broker.queue.as_str().into();
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let mut consumer =
-            channel.basic_consume(queue(), "".into(), options, FieldTable::default()).await.unwrap();
+            channel.basic_consume(queue, "".into(), options, FieldTable::default()).await.unwrap();
         let mut messages = Vec::new();
         while messages.len() < waiting as usize {
             let message = timeout(PATIENCE, consumer.next()).await.expect("a message").unwrap().unwrap();
@@ -65,6 +70,16 @@ impl Users {
         assert!(consumer.next().now_or_never().is_none(), "no more than that");
         messages
     }
+}
+
+/// A way to the queue, and how much is in it.
+async fn opened(broker: &Broker) -> anyhow::Result<(Connection, Channel, u32)> {
+    let connection = amqp::connect(broker, "test").await?;
+    let channel = connection.create_channel().await?;
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let declared =
+        channel.queue_declare(broker.queue.as_str().into(), passive, FieldTable::default()).await?;
+    Ok((connection, channel, declared.message_count()))
 }
 
 /// Newest time and status of each session, and logins, read the simple way. Malformed messages are counted.
@@ -162,11 +177,7 @@ async fn trouble_is_what_the_ledger_says() {
 async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
     let mut users = Users::new().await;
     let mut simulator = users.start(&["--rate", "1000", "--count", "8000", "--users", "200"]).await;
-    let confirmed =
-        async || simulator.metrics().await.map(|m| m.count("user_simulator_confirmed_total")).unwrap_or(0);
-    while confirmed().await < 1000 {
-        sleep(Duration::from_millis(20)).await;
-    }
+    until(&simulator, |metrics| metrics.count("user_simulator_confirmed_total") >= 1000).await;
     users.broker.until_registered(&Broker::default().queue).await.unwrap();
     users.broker.kill9().await.unwrap();
     users.broker.resurrect().await.unwrap();
@@ -181,9 +192,8 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
 #[tokio::test]
 async fn a_broker_that_is_out_of_memory_is_waited_for() {
     let users = Users::new().await;
-    // Slow enough that the broker's own tool, which takes seconds to start, is done long before the last message.
-    let args =
-        ["--rate", "300", "--count", "10000", "--users", "200", "--set", "user_simulator.max_behind=60s"];
+    // It goes on until it is told to end: nobody knows how long the broker's own tool takes.
+    let args = ["--rate", "300", "--users", "200", "--set", "user_simulator.max_behind=10m"];
     let mut simulator = users.start(&args).await;
     until(&simulator, |metrics| metrics.count("user_simulator_confirmed_total") >= 1000).await;
     users.broker.control(&["set_vm_memory_high_watermark", "absolute", "1MB"]).await.unwrap();
@@ -192,16 +202,15 @@ async fn a_broker_that_is_out_of_memory_is_waited_for() {
     sleep(Duration::from_secs(12)).await;
     let blocked = simulator.metrics().await.unwrap();
     assert_eq!(blocked.sum("user_simulator_blocked"), 1.0);
-    assert!(blocked.count("user_simulator_confirmed_total") < 10_000);
+    let before = blocked.count("user_simulator_confirmed_total");
     users.broker.control(&["set_vm_memory_high_watermark", "0.4"]).await.unwrap();
-    assert!(simulator.wait(PATIENCE).await.unwrap().success());
+    until(&simulator, |metrics| metrics.count("user_simulator_confirmed_total") >= before + 1000).await;
+    simulator.terminate(PATIENCE).await.unwrap();
     let ledger = users.ledger();
     let messages = users.drained().await;
     // The same connection throughout: nothing had to be published twice.
-    assert_eq!(
-        (ledger.complete, ledger.confirmed, ledger.repeated, messages.len()),
-        (true, 10_000, 0, 10_000)
-    );
+    assert_eq!((ledger.complete, ledger.repeated, ledger.unknown.len()), (true, 0, 0));
+    assert_eq!(ledger.confirmed, messages.len() as u64);
     agree(&ledger, &messages);
 }
 
