@@ -1,7 +1,5 @@
 //! A transaction that the server aborts in the tail of a COPY is not committed, and is not taken for committed.
 
-use std::time::Duration;
-
 use ingest::batch::committed::Committed;
 use ingest::batch::{Batch as _, Path};
 use ingest::failure::WriteError;
@@ -11,7 +9,7 @@ use ingest::telemetry::Batch;
 use playground::cluster::Options;
 
 use crate::aborting_proxy::AbortingProxy;
-use crate::fixture::{Fixture, PATIENCE, message, session_event, session_rules};
+use crate::fixture::{Fixture, PATIENCE, connected, message, session_event, session_rules};
 
 /// Tries as a writer does until it is committed; fails on the first outcome that is taken for a commit although COPYs are
 /// still aborted. Returns what was committed and how many tries failed.
@@ -24,7 +22,7 @@ async fn commit_at_last<B: ingest::batch::Batch>(
     batch.seal();
     let mut failed = 0;
     loop {
-        let mut client = fixture.database.client().await.unwrap();
+        let mut client = connected(&fixture.database).await;
         match batch.commit(&mut client, path, PATIENCE).await {
             Ok(committed) => {
                 assert!(proxy.is_done(), "taken for committed: {committed:?}");
@@ -107,7 +105,7 @@ async fn an_aborted_copy_of_sessions_is_not_a_commit() {
 #[tokio::test]
 async fn a_failed_transaction_does_not_commit() {
     let fixture = Fixture::new(Options::alone()).await;
-    let client = fixture.database.client().await.unwrap();
+    let client = connected(&fixture.database).await;
     client.batch_execute("BEGIN").await.unwrap();
     client.batch_execute("CREATE TABLE kept_not (n int)").await.unwrap();
     client.batch_execute("SELECT 1/0").await.unwrap_err();
@@ -123,5 +121,5 @@ async fn a_failed_transaction_does_not_commit() {
     ingest::transaction::commit(&client).await.unwrap();
     assert_eq!(fixture.count("SELECT count(*) FROM pg_class WHERE relname = 'kept'").await, 1);
     // Committed, and the session is out of the transaction.
-    tokio::time::timeout(Duration::from_secs(5), client.batch_execute("VACUUM kept")).await.unwrap().unwrap();
+    tokio::time::timeout(PATIENCE, client.batch_execute("VACUUM kept")).await.unwrap().unwrap();
 }

@@ -8,19 +8,19 @@ use playground::cluster::Options;
 use playground::postgres::Role;
 
 use crate::drift::{Writing, letters, trigger, until};
-use crate::fixture::{Fixture, PATIENCE, layout};
+use crate::fixture::{Fixture, connected, layout};
 
 const HOUR: i64 = 3_600_000_000;
 
 /// With a partition of an hour ago, whose name is returned.
 async fn with_older_partition(fixture: &mut Fixture) -> String {
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let cells = layout().cells([fixture.now_us - HOUR].into_iter());
     partitions::ensure(&mut client, &layout(), &cells).await.unwrap();
     drop(client);
     fixture.set_patience(Duration::from_secs(2), Duration::from_secs(1));
     let listing =
-        partitions::list(&fixture.database.client().await.unwrap(), partitions::Table::DeviceTelemetry).await;
+        partitions::list(&*connected(&fixture.database).await, partitions::Table::DeviceTelemetry).await;
     listing.unwrap().partitions[0].name.clone()
 }
 
@@ -119,7 +119,7 @@ async fn a_damaged_page_is_no_messages_fault() {
 #[tokio::test]
 async fn a_message_that_crashes_the_server_is_found() {
     let mut fixture = Fixture::new(Options::alone()).await;
-    fixture.set_patience(Duration::from_millis(100), PATIENCE);
+    fixture.set_patience(Duration::from_millis(100), Duration::from_secs(5));
     let writing = Writing::start(&fixture);
     let admin = fixture.cluster.primary().connect(Role::Admin).await.unwrap();
     // As a bug of the server would: one process that dies takes all others with it.

@@ -20,7 +20,7 @@ use service::traces::Tracer;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::fixture::{Fixture, PATIENCE, message};
+use crate::fixture::{Fixture, PATIENCE, connected, message};
 
 /// A server that crashes several times takes that long.
 const SETTLED_WITHIN: Duration = Duration::from_secs(240);
@@ -93,7 +93,7 @@ impl Writing {
 }
 
 pub(crate) async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !is_so().await {
         assert!(Instant::now() < deadline, "never: {what}");
         sleep(Duration::from_millis(10)).await;
@@ -162,7 +162,7 @@ async fn a_constraint_checked_at_commit_names_its_row() {
         fixture.push(&mut batch, delivery);
     });
     batch.seal();
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let first = batch.commit(&mut client, Path::Fast, PATIENCE).await;
     assert!(first.is_err(), "{first:?}");
     let committed = batch.commit(&mut client, Path::Isolate, PATIENCE).await.unwrap();

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use deadpool_postgres::Client;
 use ingest::batch::committed::Committed;
 use ingest::batch::{Batch as _, Path};
 use ingest::database::Database;
@@ -21,7 +22,8 @@ use tokio::time::Instant;
 
 use crate::aborting_proxy::AbortingProxy;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// For what has to happen, on a busy machine too.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) struct Fixture {
     pub(crate) cluster: Cluster,
@@ -41,7 +43,7 @@ impl Fixture {
         let cluster = Cluster::start(&scratch, options).await.unwrap();
         let health = Health::default();
         let database = database_on(&cluster, &[cluster.primary().port()], &health);
-        let mut client = database.client().await.unwrap();
+        let mut client = connected(&database).await;
         ingest::schema::migrate(&mut client).await.unwrap();
         let now_us = jiff::Timestamp::now().as_microsecond();
         partitions::ensure(&mut client, &layout(), &layout().cells([now_us].into_iter())).await.unwrap();
@@ -109,7 +111,7 @@ impl Fixture {
         batch: &mut Batch,
         patience: Duration,
     ) -> Result<Committed, WriteError> {
-        let mut client = self.database.client().await.unwrap();
+        let mut client = connected(&self.database).await;
         let mut path = Path::Fast;
         for _ in 0..4 {
             match batch.commit(&mut client, path, patience).await {
@@ -152,6 +154,32 @@ impl Fixture {
     /// A message of device `number`, `at_us` after now, with these metrics.
     pub(crate) fn delivery(&self, number: usize, at_us: i64, metrics: &str) -> Delivery {
         message(number, &reading(number, self.now_us + at_us, metrics))
+    }
+}
+
+/// A session with the primary. Until one is known, and while the machine is busy, there may be none in the time that is set.
+pub(crate) async fn connected(database: &Database) -> Client {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match database.client().await {
+            Ok(client) => return client,
+            Err(error) => assert!(Instant::now() < deadline, "no session within {PATIENCE:?}: {error}"),
+        }
+    }
+}
+
+/// A session, or the words with which it is refused: that nobody has answered yet is no refusal.
+pub(crate) async fn try_connected(database: &Database) -> Result<Client, String> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let words = match database.client().await {
+            Ok(client) => return Ok(client),
+            Err(error) => error.to_string(),
+        };
+        let late = ["no answer", "no session", "timed out"].iter().any(|late| words.contains(late));
+        if !late || Instant::now() > deadline {
+            return Err(words);
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
 use crate::drift::{Writing, until};
-use crate::fixture::{Fixture, message};
+use crate::fixture::{Fixture, connected, message};
 use crate::prepare::maintenance;
 
 /// Changed while rows are written: nothing more is written or acknowledged, until it is as it was. Whatever was acknowledged is
@@ -57,7 +57,7 @@ async fn alter(fixture: &Fixture, change: &str) {
 #[tokio::test]
 async fn a_partition_that_a_crash_empties() {
     check_nothing_is_written(async |fixture: &Fixture| {
-        let client = fixture.database.client().await.unwrap();
+        let client = connected(&fixture.database).await;
         let listing = partitions::list(&client, Table::DeviceTelemetry).await.unwrap();
         let newest = listing.partitions.last().unwrap().name.clone();
         (format!("ALTER TABLE {newest} SET UNLOGGED"), format!("ALTER TABLE {newest} SET LOGGED"))

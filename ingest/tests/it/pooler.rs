@@ -9,6 +9,7 @@ use playground::scratch::Scratch;
 use service::health::Health;
 use service::secret::Secret;
 
+use crate::fixture::{connected, try_connected};
 use crate::settings::road::{REFUSE_ONE_DEVICE, Road};
 
 /// What a DBA may have set, and what our sessions must have all the same.
@@ -30,7 +31,7 @@ impl Site {
         let cluster = Cluster::start(&scratch, Options::alone()).await.unwrap();
         let site = Self { cluster, scratch };
         let database = site.database(site.cluster.primary().port(), &Health::default());
-        ingest::schema::migrate(&mut database.client().await.unwrap()).await.unwrap();
+        ingest::schema::migrate(&mut *connected(&database).await).await.unwrap();
         let admin = site.cluster.primary().connect(Role::Admin).await.unwrap();
         admin.batch_execute(REFUSE_ONE_DEVICE).await.unwrap();
         for (name, value) in HOSTILE {
@@ -59,7 +60,7 @@ async fn a_pooler_in_session_mode_is_as_good_as_none() {
         let lines: Vec<&str> = ["pool_mode = session"].into_iter().chain(extra).collect();
         let pooler = Pgbouncer::start(&site.scratch, site.cluster.primary(), &lines).await.unwrap();
         let database = site.database(pooler.port(), &Health::default());
-        let client = database.client().await.unwrap();
+        let client = connected(&database).await;
         for (name, hostile) in HOSTILE {
             let sql = format!("SELECT current_setting('{name}')");
             let value: String = client.query_one(&sql, &[]).await.unwrap().get(0);
@@ -81,7 +82,7 @@ async fn a_pooler_in_another_mode_is_refused_in_words() {
                 Pgbouncer::start(&site.scratch, site.cluster.primary(), &[mode, extra]).await.unwrap();
             let health = Health::default();
             let database = site.database(pooler.port(), &health);
-            let refused = database.client().await.unwrap_err().to_string();
+            let refused = try_connected(&database).await.unwrap_err();
             assert!(refused.contains("pool_mode = session"), "{mode}, {extra}: {refused}");
             assert_eq!(health.failing()["postgres"], refused);
         }

@@ -12,6 +12,9 @@ use service::health::Health;
 use service::secret::Secret;
 use tokio::time::{Instant, sleep};
 
+use crate::drift::until;
+use crate::fixture::{PATIENCE, connected, try_connected};
+
 struct Site {
     cluster: Cluster,
     _scratch: Scratch,
@@ -37,7 +40,7 @@ impl Site {
     async fn refusal(&self, settings: &DatabaseSettings) -> String {
         let health = Health::default();
         let database = Database::new(settings, 2, health.dependency("postgres")).unwrap();
-        let refused = database.client().await.unwrap_err().to_string();
+        let refused = try_connected(&database).await.unwrap_err();
         assert_eq!(health.failing()["postgres"], refused);
         refused
     }
@@ -93,7 +96,7 @@ async fn a_server_that_does_not_flush_is_refused() {
     let admin = site.admin().await;
     admin.batch_execute("ALTER SYSTEM SET fsync = off").await.unwrap();
     admin.batch_execute("SELECT pg_reload_conf()").await.unwrap();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + PATIENCE;
     while admin.query_one("SHOW fsync", &[]).await.unwrap().get::<_, &str>(0) != "off" {
         assert!(Instant::now() < deadline, "the server reads its configuration");
         sleep(Duration::from_millis(5)).await;
@@ -170,7 +173,7 @@ async fn a_missing_right_or_a_changed_table_is_named_with_what_mends_it() {
     let admin = site.admin().await;
     let open = async |role: Role| {
         let health = Health::default().dependency("postgres");
-        Database::new(&site.settings(role), 2, health).unwrap().client().await.unwrap()
+        connected(&Database::new(&site.settings(role), 2, health).unwrap()).await
     };
     let (mut owner, writer) = (open(Role::Owner).await, open(Role::Writer).await);
     let unmade = schema::check(&owner, Purpose::Telemetry).await.unwrap_err();
@@ -207,7 +210,7 @@ async fn a_schema_that_cannot_be_brought_up_to_date_is_refused_in_words() {
     let admin = site.admin().await;
     let health = Health::default().dependency("postgres");
     let database = Database::new(&site.settings(Role::Owner), 2, health).unwrap();
-    let mut client = database.client().await.unwrap();
+    let mut client = connected(&database).await;
     admin.batch_execute("ALTER SCHEMA public OWNER TO postgres").await.unwrap();
     let error = schema::migrate(&mut client).await.unwrap_err();
     assert_has(&format!("{error:#}"), &["tier0 may not make tables", "GRANT USAGE, CREATE ON SCHEMA public"]);
@@ -230,10 +233,6 @@ async fn a_schema_that_cannot_be_brought_up_to_date_is_refused_in_words() {
     let error = schema::migrate(&mut client).await.unwrap_err();
     assert_has(&format!("{error:#}"), &["migration 1", "another program or by a changed migration"]);
     // The lock is given back after each of these, or this would wait for ever.
-    let free: bool = admin
-        .query_one("SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'", &[])
-        .await
-        .unwrap()
-        .get(0);
-    assert!(free);
+    let free = "SELECT count(*) = 0 FROM pg_locks WHERE locktype = 'advisory'";
+    until("the lock is free", async || admin.query_one(free, &[]).await.unwrap().get(0)).await;
 }

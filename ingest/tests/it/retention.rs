@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::fixture::{Fixture, layout};
+use crate::fixture::{Fixture, connected, layout};
 
 const HOUR: i64 = 3_600_000_000;
 /// The next minute's partition is up to a minute away.
@@ -63,7 +63,7 @@ async fn until(what: &str, condition: impl AsyncFn() -> bool) {
 
 /// One reading each of some devices, `at_us` after now, in the partition of that time.
 async fn store(fixture: &Fixture, devices: std::ops::Range<usize>, at_us: i64) {
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let layout = layout();
     let us = fixture.now_us + at_us;
     partitions::ensure(&mut client, &layout, &layout.cells([us].into_iter())).await.unwrap();
@@ -89,7 +89,7 @@ async fn a_partition_goes_only_when_devices_bear_the_clocks_out() {
     assert_eq!(fixture.readings().await, 7);
     store(&fixture, 2..3, 0).await;
     until("the old partition is dropped", async || fixture.readings().await == 3).await;
-    let client = fixture.database.client().await.unwrap();
+    let client = connected(&fixture.database).await;
     let old = jiff::Timestamp::from_microsecond(fixture.now_us - 30 * HOUR).unwrap();
     let old = old.strftime("device_telemetry_%Y%m%d_%H%M00").to_string();
     // Detached first, then dropped.
@@ -155,7 +155,7 @@ async fn a_partition_that_cannot_be_dropped_keeps_none_from_being_made() {
     let upkeep = Upkeep::start(&fixture, &IngestSettings::default());
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE '%CONCURRENTLY%' AND wait_event_type = 'Lock'";
     until("the drop waits", async || fixture.count(waiting).await > 0).await;
-    let client = fixture.database.client().await.unwrap();
+    let client = connected(&fixture.database).await;
     let ahead = async || partitions::list(&client, Table::DeviceTelemetry).await.unwrap().partitions;
     let before = ahead().await.len();
     until("another minute is made", async || ahead().await.len() > before).await;
@@ -180,7 +180,7 @@ async fn insert_letters(client: &tokio_postgres::Client, letters: &[DeadLetter])
 }
 
 async fn insert(fixture: &Fixture, at_us: i64, bytes: usize, count: usize) {
-    let client = fixture.database.client().await.unwrap();
+    let client = connected(&fixture.database).await;
     let letters: Vec<DeadLetter> = (0..count).map(|_| letter(fixture, at_us, bytes)).collect();
     insert_letters(&client, &letters).await;
 }
@@ -199,15 +199,14 @@ async fn a_letter_of_any_time_is_stored_also_by_who_may_make_no_tables() {
     let _upkeep = Upkeep::start(&fixture, &IngestSettings::default());
     until("letters move", async || fixture.count(in_default).await <= 4).await;
     assert_eq!(fixture.count("SELECT count(DISTINCT id) FROM dead_letters").await, 6);
-    let listing =
-        partitions::list(&fixture.database.client().await.unwrap(), Table::DeadLetters).await.unwrap();
+    let listing = partitions::list(&*connected(&fixture.database).await, Table::DeadLetters).await.unwrap();
     assert!(listing.partitions.len() >= 2 && listing.default.is_some());
 }
 
 #[tokio::test]
 async fn old_letters_go_after_their_retention() {
     let fixture = Fixture::new(Options::alone()).await;
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let settings = IngestSettings::default();
     let layout = Layout::of_dead_letters(&settings);
     let old = -16 * 24 * HOUR;
@@ -232,7 +231,7 @@ async fn old_letters_go_after_their_retention() {
 async fn letters_stay_within_their_bound() {
     const MIB: i64 = 1 << 20;
     let fixture = Fixture::new(Options::alone()).await;
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let settings =
         IngestSettings { dead_letter_max_bytes: bytesize::ByteSize::mib(16), ..IngestSettings::default() };
     let layout = Layout::of_dead_letters(&settings);
@@ -311,7 +310,7 @@ async fn letters_stay_within_their_bound() {
 #[tokio::test]
 async fn a_day_that_cannot_be_dropped_does_not_lift_the_bound() {
     let fixture = Fixture::new(Options::alone()).await;
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let settings =
         IngestSettings { dead_letter_max_bytes: bytesize::ByteSize::mib(16), ..IngestSettings::default() };
     let layout = Layout::of_dead_letters(&settings);

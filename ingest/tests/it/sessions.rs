@@ -13,9 +13,7 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use tokio::time::Instant;
 
-use crate::fixture::Fixture;
-
-const PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
+use crate::fixture::{Fixture, PATIENCE, connected};
 
 fn delivery(number: usize, payload: String) -> Delivery {
     let ack = Ack { connection: 1, id: number as u64 };
@@ -38,7 +36,7 @@ fn batch(fixture: &Fixture, payloads: &[String]) -> Batch {
 
 /// Commits as a writer does. Returns rows and duplicates.
 async fn commit(fixture: &Fixture, batch: &mut Batch) -> (usize, usize) {
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let committed = match batch.commit(&mut client, Path::Fast, PATIENCE).await {
         Err(WriteError::Data { .. }) => batch.commit(&mut client, Path::Isolate, PATIENCE).await,
         other => other,

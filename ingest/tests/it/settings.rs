@@ -24,6 +24,8 @@ use tokio::task::JoinSet;
 use road::Road;
 use values::{Setting, hostile};
 
+use crate::fixture::connected;
+
 /// As many roads are walked at once, each with a role and a database of its own: settings of one do not reach the other.
 const LANES: usize = 3;
 const PASSWORD: &str = "of-a-lane";
@@ -67,7 +69,7 @@ impl Lane {
         };
         let lane = Self { role, settings, admin };
         let database = lane.database();
-        let mut client = database.client().await.unwrap();
+        let mut client = connected(&database).await;
         schema::migrate(&mut client).await.unwrap();
         lane.admin.batch_execute(&decoys(&lane.role)).await.unwrap();
         lane.admin.batch_execute(road::REFUSE_ONE_DEVICE).await.unwrap();
@@ -214,7 +216,7 @@ async fn a_schema_named_as_the_role_gets_no_tables() {
         ..DatabaseSettings::default()
     };
     let database = Database::new(&settings, 2, Health::default().dependency("postgres")).unwrap();
-    let mut client = database.client().await.unwrap();
+    let mut client = connected(&database).await;
     schema::migrate(&mut client).await.unwrap();
     schema::check(&client, Purpose::Telemetry).await.unwrap();
     let strays = "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'tier0'";

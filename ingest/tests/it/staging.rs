@@ -12,7 +12,7 @@ use playground::postgres::Role;
 use tokio::time::{Instant, sleep};
 
 use crate::drift::{Writing, until};
-use crate::fixture::{Fixture, PATIENCE, session_event, session_rules};
+use crate::fixture::{Fixture, PATIENCE, connected, session_event, session_rules};
 
 /// What a DBA adds beside our columns; the plain COPY works as before.
 const COLUMNS: &[&str] =
@@ -56,7 +56,7 @@ async fn a_session_that_may_make_no_temporary_tables_holds_what_needs_them() {
     until("the batch is held", async || writing.metrics.held_by_schema.get() > 0).await;
     // And stays so, without a word in between that all is well.
     let before = writing.metrics.retries.get();
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while writing.metrics.retries.get() < before + 5 {
         assert_eq!(writing.metrics.held_by_schema.get(), 1);
         assert!(Instant::now() < deadline, "it is tried again");
@@ -80,7 +80,7 @@ async fn commit_sessions(fixture: &Fixture) -> Result<Committed, WriteError> {
         )
     });
     batch.seal();
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     match batch.commit(&mut client, Path::Fast, PATIENCE).await {
         Err(WriteError::Data { .. }) => batch.commit(&mut client, Path::Isolate, PATIENCE).await,
         other => other,
@@ -103,7 +103,7 @@ async fn sessions_are_held_without_temporary_tables() {
     admin.batch_execute("REVOKE TEMPORARY ON DATABASE tier0_db FROM tier0, PUBLIC").await.unwrap();
     let outcome = commit_sessions(&fixture).await;
     assert!(matches!(outcome, Err(WriteError::Schema(_))), "{outcome:?}");
-    let client = fixture.database.client().await.unwrap();
+    let client = connected(&fixture.database).await;
     let batch = session::Batch::new("rabbitmq", session_rules());
     let probed = batch.probe(&client, PATIENCE).await;
     assert!(matches!(probed, Err(WriteError::Schema(_))), "{probed:?}");

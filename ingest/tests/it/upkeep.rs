@@ -3,14 +3,14 @@
 use ingest::partitions::{self, Layout, Table};
 use playground::cluster::Options;
 
-use crate::fixture::{Fixture, layout};
+use crate::fixture::{Fixture, connected, layout};
 
 const TELEMETRY: Table = Table::DeviceTelemetry;
 
 #[tokio::test]
 async fn partitions_come_and_go_while_a_writer_has_the_table_open() {
     let mut fixture = Fixture::new(Options::alone()).await;
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     // A writer in the middle of its transaction must not be waited for by making or indexing a partition.
     let writer = fixture.db.transaction().await.unwrap();
     let time = jiff::Timestamp::from_microsecond(fixture.now_us).unwrap();
@@ -52,7 +52,7 @@ async fn partitions_come_and_go_while_a_writer_has_the_table_open() {
 #[tokio::test]
 async fn only_what_was_marked_is_dropped_and_a_kept_table_does_not_stand_in_the_way() {
     let fixture = Fixture::new(Options::alone()).await;
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let layout = layout();
     let hour_ago = fixture.now_us - 3_600_000_000;
     partitions::ensure(&mut client, &layout, &layout.cells_between(hour_ago, fixture.now_us)).await.unwrap();
@@ -98,7 +98,7 @@ async fn only_what_was_marked_is_dropped_and_a_kept_table_does_not_stand_in_the_
 #[tokio::test]
 async fn partitions_that_others_made_are_understood() {
     let fixture = Fixture::new(Options::alone()).await;
-    let mut client = fixture.database.client().await.unwrap();
+    let mut client = connected(&fixture.database).await;
     let layout = layout();
     client
         .batch_execute(

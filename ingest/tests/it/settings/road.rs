@@ -16,9 +16,9 @@ use ingest::{session, telemetry};
 use playground::postgres::Db;
 use tokio::time::Instant;
 
-use crate::fixture::{layout, session_rules};
+use crate::fixture::{layout, session_rules, try_connected};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 const FRESH: usize = 20;
 const MINUTE: i64 = 60_000_000;
 
@@ -40,7 +40,7 @@ pub(crate) struct Road<'r> {
 /// # Errors
 /// The words with which it was refused; a writer would try again.
 pub(crate) async fn commit(database: &Database, batch: &mut telemetry::Batch) -> Result<(), String> {
-    let mut client = database.client().await.map_err(|error| error.to_string())?;
+    let mut client = try_connected(database).await?;
     let mut path = Path::Fast;
     for _ in 0..6 {
         match batch.commit(&mut client, path, PATIENCE).await {
@@ -135,7 +135,7 @@ impl<'r> Road<'r> {
     }
 
     async fn partitions_come_and_go(&self) -> Result<(), String> {
-        let mut client = self.database.client().await.map_err(|error| error.to_string())?;
+        let mut client = try_connected(self.database).await?;
         // Empty, and older than any reading of a walk.
         let old = layout().cells([self.now_us + self.late_us() - 8 * 60 * MINUTE].into_iter());
         let now = layout().cells([self.now_us].into_iter());
@@ -162,7 +162,7 @@ impl<'r> Road<'r> {
     }
 
     async fn sessions(&self) -> Result<(), String> {
-        let mut client = self.database.client().await.map_err(|error| error.to_string())?;
+        let mut client = try_connected(self.database).await?;
         for (event, second) in [("login", 1), ("active", 3), ("logout", 9), ("idle", 4)] {
             let mut batch = session::Batch::new("rabbitmq", session_rules());
             let number = self.number;
