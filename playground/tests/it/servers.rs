@@ -1,6 +1,6 @@
 //! The servers come up, take what is done to them, and come back.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use playground::child::Reach;
 use playground::cluster::{Cluster, Options};
@@ -9,13 +9,16 @@ use playground::postgres::Role;
 use playground::procfs;
 use playground::scratch::Scratch;
 
+/// For what has to happen.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 #[tokio::test]
 async fn a_committed_row_is_on_the_standby() {
     let scratch = Scratch::new().unwrap();
     let cluster = Cluster::start(&scratch, Options::default()).await.unwrap();
     let db = cluster.connect(Role::Owner).await.unwrap();
     db.batch_execute("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await.unwrap();
-    cluster.wait_replayed(Duration::from_secs(10)).await.unwrap();
+    cluster.wait_replayed(PATIENCE).await.unwrap();
     let standby = cluster.standby().connect(Role::Owner).await.unwrap();
     let count: i64 = standby.query_one("SELECT count(*) FROM t", &[]).await.unwrap().get(0);
     assert_eq!(count, 1);
@@ -44,10 +47,7 @@ async fn a_commit_waits_for_the_standby() {
         "committed without a standby"
     );
     cluster.standby_mut().start().await.unwrap();
-    tokio::time::timeout(Duration::from_secs(20), insert)
-        .await
-        .expect("commits once the standby is back")
-        .unwrap();
+    tokio::time::timeout(PATIENCE, insert).await.expect("commits once the standby is back").unwrap();
 }
 
 #[tokio::test]
@@ -81,14 +81,13 @@ async fn a_paused_primary_answers_nothing_until_it_is_resumed() {
     tokio::pin!(query);
     assert!(tokio::time::timeout(Duration::from_millis(300), &mut query).await.is_err());
     cluster.primary_mut().resume();
-    tokio::time::timeout(Duration::from_secs(5), query).await.expect("answers again").unwrap();
+    tokio::time::timeout(PATIENCE, query).await.expect("answers again").unwrap();
 
     // The postmaster alone: open sessions go on, new ones hang.
     cluster.primary_mut().pause(Reach::Parent);
     db.query_one("SELECT 1", &[]).await.unwrap();
-    let started = Instant::now();
-    assert!(cluster.connect(Role::Owner).await.is_err());
-    assert!(started.elapsed() > Duration::from_secs(4), "hangs instead of being refused");
+    let refused = tokio::time::timeout(Duration::from_secs(4), cluster.connect(Role::Owner)).await;
+    assert!(refused.is_err(), "hangs instead of being refused");
     cluster.primary_mut().resume();
     cluster.connect(Role::Owner).await.unwrap();
 }

@@ -1,12 +1,16 @@
 //! Asking Prometheus and Postgres as Grafana does.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use playground::http;
 use playground::postgres::Db;
 use serde_json::Value;
 use tokio_postgres::SimpleQueryMessage;
+
+/// Prometheus shares the machine with everything that it looks at.
+const ANSWER: Duration = Duration::from_secs(60);
 
 pub(super) struct Prometheus {
     pub(super) port: u16,
@@ -27,7 +31,7 @@ impl Prometheus {
         let parameters: Vec<String> =
             parameters.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect();
         let (status, body) =
-            http::get(self.port, &format!("/api/v1/{path}?{}", parameters.join("&"))).await?;
+            http::get_within(self.port, &format!("/api/v1/{path}?{}", parameters.join("&")), ANSWER).await?;
         let mut answer: Value = serde_json::from_str(&body).with_context(|| format!("{status}: {body}"))?;
         if status != 200 || answer["status"] != "success" {
             bail!("{status}: {}", answer["error"]);

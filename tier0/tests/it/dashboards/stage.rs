@@ -13,7 +13,7 @@ use playground::rabbitmq::{Ports, RabbitMq};
 use playground::regions::{Plan, Regions};
 use playground::scratch::Scratch;
 
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_secs(120);
 
 /// Dropped in this order.
 pub(super) struct Stage {

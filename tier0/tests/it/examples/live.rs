@@ -6,8 +6,9 @@ use playground::cluster::Cluster;
 use playground::http;
 use playground::postgres::Role;
 use serde_json::Value;
+use tokio::time::{Instant, sleep};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 pub(crate) enum What {
     Http { post: bool, port: u16, path: String, body: String, keys: Vec<String> },
@@ -56,9 +57,18 @@ async fn request(
     keys: &[String],
     token: &str,
 ) -> Result<(), String> {
-    let answer =
-        if post { http::post(port, path, token, body, LIMIT).await } else { http::get(port, path).await };
-    let (status, answer) = answer.map_err(|error| format!("{error:#}"))?;
+    let deadline = Instant::now() + LIMIT;
+    let (status, answer) = loop {
+        let answer = match post {
+            true => http::post(port, path, token, body, LIMIT).await,
+            false => http::get_within(port, path, LIMIT).await,
+        };
+        match answer {
+            // Not ready is a state of the moment.
+            Ok((503, _)) if !post && Instant::now() < deadline => sleep(Duration::from_millis(100)).await,
+            answer => break answer.map_err(|error| format!("{error:#}"))?,
+        }
+    };
     // A refusal of what cannot be done now is an answer too.
     if !matches!((post, status), (_, 200) | (true, 409 | 412 | 503)) {
         return Err(format!("{path}: {status}: {answer}"));

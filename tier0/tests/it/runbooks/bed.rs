@@ -23,7 +23,7 @@ use super::shell::{Said, Shell};
 use super::writers::Writers;
 use crate::examples::pages::Page;
 
-pub(super) const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(120);
 const POSTGRES: [u16; 2] = [5432, 5433];
 /// What kept-source starts beside the nodes.
 const COPY: u16 = 5439;
@@ -198,6 +198,20 @@ impl Bed {
     /// Nodes that accept writes now, asked directly.
     pub(super) async fn writable(&self) -> Vec<String> {
         self.cluster.writable().await
+    }
+
+    /// This node accepts writes, and no other one does. A node that gives no answer is not seen: it is asked again.
+    pub(super) async fn leads_alone(&self, region: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let writable = self.writable().await;
+            assert!(writable.iter().all(|name| name == region), "not {region} alone: {writable:?}");
+            if !writable.is_empty() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{region} takes no writes");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
     /// Writes go on.

@@ -41,7 +41,7 @@ async fn of_two_primaries_the_stray_one_is_stopped_and_comes_back() {
         waits.join_next().await.unwrap().unwrap().is_err(),
         "what waits for the standby is not acknowledged"
     );
-    assert_eq!(bed.writable().await, ["region2"]);
+    bed.leads_alone("region2").await;
     bed.follow(&mut book, "Mitigation 3").await;
     assert!(bed.scratch.path().join("region1-saved/PG_VERSION").is_file());
     bed.regions.links[0].restore(After::Reset);
@@ -69,7 +69,7 @@ async fn without_a_primary_the_failover_follows_when_it_is_no_longer_paused() {
     assert!(seen.contains("\"mode\": \"paused\""), "{seen}");
     bed.follow(&mut book, "Mitigation 1").await;
     is_over(&bed, &book, Instant::now()).await;
-    assert_eq!(bed.writable().await, ["region2"]);
+    bed.leads_alone("region2").await;
     // The machine is back.
     bed.regions.revive().await.unwrap();
     let status = bed.regions.whole(LIMIT).await.unwrap();

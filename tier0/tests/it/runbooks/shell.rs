@@ -11,7 +11,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::timeout;
 
 /// One command of a page; the slowest is a failover that is waited for.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 const MARK: &str = "=== done";
 
 /// Who starts and stops services: Docker is not here, so that the test does it.

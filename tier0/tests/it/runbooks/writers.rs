@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 const WRITERS: usize = 2;
 const ROWS: i64 = 20;
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 /// A batch by the device that it is of, and when it was acknowledged.
 type Acknowledged = Arc<Mutex<BTreeMap<String, Instant>>>;
