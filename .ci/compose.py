@@ -34,7 +34,7 @@ OUTSIDE = {"TIER0_CERTIFICATES": str(ROOT / "config")}
 
 
 def run(*command, env=None, check=True):
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
     if check and done.returncode:
         sys.exit(f"compose: {' '.join(map(str, command))}: {done.stdout}{done.stderr}")
     return done

@@ -9,7 +9,9 @@ done
 PATH=$PATH:/usr/sbin
 dir=$(mktemp -d)
 broker=
+listening=
 tidy() {
+    for pid in $listening; do kill "$pid" 2>/dev/null || true; done
     [ -z "$broker" ] || kill "$broker" 2>/dev/null || true
     [ -z "$broker" ] || wait "$broker" 2>/dev/null || true
     rm -rf "$dir"
@@ -22,10 +24,8 @@ fail() {
     exit 1
 }
 
-free_port() {
-    /usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-}
-devices=$(free_port) inside=$(free_port) tls=$(free_port)
+.ci/free-ports.py 3 >"$dir/ports"
+read -r devices inside tls <"$dir/ports"
 mkdir -p "$dir/config/base.d" "$dir/data" "$dir/certs"
 config/compose/make-secrets.py --root "$dir" --simulators
 for device in TURB-00001 TURB-00002; do
@@ -76,7 +76,7 @@ expect() { # WHAT WANTED GOT
 tries=0
 until mosquitto_pub $(consumer) -q 1 -t tier0/leave/probe -m up >/dev/null 2>&1; do
     kill -0 "$broker" 2>/dev/null || fail "the broker ended"
-    [ $((tries += 1)) -lt 300 ] || fail "the broker does not answer"
+    [ $((tries += 1)) -lt 1200 ] || fail "the broker does not answer"
     sleep 0.1
 done
 
@@ -104,14 +104,14 @@ expect "a device over TLS, another's topic" refused \
 
 # With the consumer's client id a device would throw away what waits for it; the broker gives it its own instead.
 expect "a device with the consumer's client id" sent "$(publish $own $one -i tier0-mqtt-consumer)"
-kept=$(mosquitto_sub $(consumer) -i tier0-mqtt-consumer -c -x 600 -q 1 -C 4 -W 20 -F %t -t '$share/ingest/og/field/#' | sort | uniq -c | tr -s ' \n' ' ')
+kept=$(mosquitto_sub $(consumer) -i tier0-mqtt-consumer -c -x 600 -q 1 -C 4 -W 120 -F %t -t '$share/ingest/og/field/#' | sort | uniq -c | tr -s ' \n' ' ')
 expect "what the consumer's session kept" " 3 $own 1 $other " "$kept"
 
 # Subscriptions are accepted; nothing comes. A device listens beside the consumer, to the same messages, and for as long.
 heard() { # FILE TOPIC WHO..
     file=$1 wanted=$2
     shift 2
-    mosquitto_sub "$@" -q 1 -W 3 -F %t -t "$wanted" >"$dir/$file" 2>"$dir/$file.err" || true
+    exec mosquitto_sub "$@" -q 1 -W 120 -F %t -t "$wanted" >"$dir/$file" 2>"$dir/$file.err"
 }
 heard device '#' $one -t 'og/field/#' -t '$SYS/#' &
 listening=$!
@@ -119,14 +119,21 @@ heard inside '#' $(consumer) -t 'og/field/#' -t '$SYS/#' &
 listening="$listening $!"
 heard monitor '$SYS/broker/version' $(as "$inside" monitor "$(sed -n 's/^MQTT_MONITOR_PASSWORD=//p' "$dir/.env")") -t 'og/field/#' &
 listening="$listening $!"
-# Sent until the consumer has heard one.
+# Sent until the consumer has heard one, and the monitor what is its own; then some more time for the device to hear it too.
 tries=0
-until grep -q "$other" "$dir/inside" 2>/dev/null; do
-    [ $((tries += 1)) -lt 25 ] || fail "the consumer hears nothing"
+until grep -q "$other" "$dir/inside" 2>/dev/null && [ -s "$dir/monitor" ]; do
+    [ $((tries += 1)) -lt 600 ] || fail "the consumer or the monitor hears nothing"
     publish $other $(as "$inside" simulator "$(secret mqtt_simulator_password)") >/dev/null
     sleep 0.1
 done
-for pid in $listening; do wait "$pid"; done
+sleep 2
+publish $other $(as "$inside" simulator "$(secret mqtt_simulator_password)") >/dev/null
+sleep 1
+for pid in $listening; do
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" || true
+done
+listening=
 expect "what a device hears" "" "$(cat "$dir/device")"
 expect "what the consumer hears" "$other" "$(sort -u "$dir/inside")"
 expect "what the monitor hears" '$SYS/broker/version' "$(sort -u "$dir/monitor")"

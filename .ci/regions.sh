@@ -23,14 +23,8 @@ fail() {
 }
 say() { echo "  $1"; }
 
-/usr/bin/python3 - "$dir/ports" <<'PYTHON'
-import socket, sys
-held = [socket.socket() for _ in range(5)]
-for one in held:
-    one.bind(("127.0.0.1", 0))
-open(sys.argv[1], "w").write(" ".join(str(one.getsockname()[1]) for one in held))
-PYTHON
-read -r pg1 pg2 agent1 agent2 api <"$dir/ports" || true
+.ci/free-ports.py 5 >"$dir/ports"
+read -r pg1 pg2 agent1 agent2 api <"$dir/ports"
 config/compose/make-secrets.py --root "$dir"
 mkdir "$dir/etc" "$dir/log" "$dir/region1" "$dir/region2" "$dir/orchestrator"
 cp config/postgres/* "$dir/etc"
@@ -72,12 +66,12 @@ whole() {
     tries=0
     until status | grep -q "\"current_region\":\"$1\".*\"sync_set\":\[\"region[12]\"\].*\"streaming\":true.*\"failover_under_way\":false"; do
         for pid in $pids; do kill -0 "$pid" 2>/dev/null || fail "a process ended"; done
-        [ $((tries += 1)) -lt 600 ] || fail "not whole under $1 after a minute: $(status)"
+        [ $((tries += 1)) -lt 1200 ] || fail "not whole under $1 after two minutes: $(status)"
         sleep 0.1
     done
 }
 order() { # REGION -> the answer
-    curl -sS --noproxy '*' --max-time 60 -X POST -H "Authorization: Bearer $(cat "$dir/secrets/orchestrator_token")" \
+    curl -sS --noproxy '*' --max-time 180 -X POST -H "Authorization: Bearer $(cat "$dir/secrets/orchestrator_token")" \
         "http://127.0.0.1:$api/failover/$1"
 }
 
@@ -93,7 +87,7 @@ whole region1
 say "a cluster is made on region1, region2 is cloned from it and synchronous"
 
 sql() { # USER PASSWORD DATABASE STATEMENT
-    PGPASSWORD=$(cat "$dir/secrets/$2_password") PGCONNECT_TIMEOUT=5 "$bin/psql" -h 127.0.0.1 -p "${port:-$pg1}" -U "$1" -d "$3" -XAtqc "$4" 2>&1
+    PGPASSWORD=$(cat "$dir/secrets/$2_password") PGCONNECT_TIMEOUT=30 "$bin/psql" -h 127.0.0.1 -p "${port:-$pg1}" -U "$1" -d "$3" -XAtqc "$4" 2>&1
 }
 port=$pg1
 may() { out=$(sql "$@") || fail "$1 may not: $4: $out"; }
@@ -124,7 +118,7 @@ may_not tier0 owner tier0_db "CREATE ROLE other SUPERUSER"
 may_not tier0 owner postgres "SELECT 1"
 outside=$(hostname -I | cut -d' ' -f1)
 if [ -n "$outside" ]; then
-    out=$(PGPASSWORD=$(cat "$dir/secrets/postgres_password") PGCONNECT_TIMEOUT=5 "$bin/psql" -h "$outside" -p "$pg1" -U postgres -d postgres -XAtqc "SELECT 1" 2>&1) &&
+    out=$(PGPASSWORD=$(cat "$dir/secrets/postgres_password") PGCONNECT_TIMEOUT=30 "$bin/psql" -h "$outside" -p "$pg1" -U postgres -d postgres -XAtqc "SELECT 1" 2>&1) &&
         fail "the superuser comes in over the network"
     case $out in *"pg_hba.conf rejects"*) ;; *) fail "the superuser, over the network: $out" ;; esac
 fi
@@ -147,7 +141,7 @@ node 1 "$pg1" "$agent1" TIER0_FIRST_NODE=yes
 port=$pg1
 tries=0
 until count=$(sql reader reader tier0_db "SELECT count(*) FROM site_activity"); do
-    [ $((tries += 1)) -lt 600 ] || fail "region1 is not there after a minute: $count"
+    [ $((tries += 1)) -lt 1200 ] || fail "region1 is not there after two minutes: $count"
     sleep 0.1
 done
 [ "$count" = 2 ] || fail "region1 has $count rows after its clone, not 2"
