@@ -9,6 +9,12 @@ DIST = $(CARGO) build --profile dist --locked --bins
 .PHONY: up test check install install-test build dist secrets device bench bench-growth bench-sessions bench-failover drill \
 	drill-outages drill-failover drill-hand model simulate fuzz properties docs audit down clean
 
+# Without the pinned toolchain and without a network to fetch it from, rustup's default one does; its lints may differ.
+ifneq ($(shell $(CARGO) --version >/dev/null 2>&1 || echo missing),)
+export RUSTUP_TOOLCHAIN := $(shell cd / && rustup show active-toolchain 2>/dev/null | cut -d' ' -f1)
+$(warning the toolchain of rust-toolchain.toml is not installed: using $(RUSTUP_TOOLCHAIN))
+endif
+
 # In order, also with -j: the steps install, check and build for one another.
 .NOTPARALLEL:
 
@@ -32,6 +38,7 @@ check:
 	.ci/architecture.sh
 	.ci/prometheus.sh
 	.ci/licences.py
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --locked --quiet
 
 # The programs that integration tests start.
 build:
