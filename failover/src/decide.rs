@@ -143,7 +143,7 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
             return replaced.unwrap_or_else(|| upkeep(state, view, rules, now));
         }
         _ if state.mode == Mode::Paused => return Action::Nothing,
-        Condition::Uncertain(_) => return revive(state, view, rules, now, false),
+        Condition::Uncertain(_) => return restart_former(state, view, rules, now, false),
         Condition::Standby if idle(primary) => {
             return Action::Lead {
                 node: primary.clone(),
@@ -176,8 +176,8 @@ pub fn decide(state: &State, view: &View, rules: &Rules, now: Duration) -> Actio
         None => {
             // Its data does not start: the last order failed a moment ago.
             let failed = view.node(primary).is_some_and(|seen| !seen.busy && now < seen.not_before);
-            let forsaken = condition == Condition::Lost || failed || has_no_data(view, primary);
-            revive(state, view, rules, now, forsaken)
+            let primary_is_lost = condition == Condition::Lost || failed || has_no_data(view, primary);
+            restart_former(state, view, rules, now, primary_is_lost)
         }
     }
 }
@@ -241,8 +241,8 @@ fn has_no_data(view: &View, node: &str) -> bool {
 
 /// Without a primary, a stopped standby is started all the same: what it has can then be seen, and promoted when an
 /// operator says so. Nothing is rewritten, since there is nothing to copy from. A former primary may be the last one left
-/// with data when the primary is `forsaken`: it is woken as a standby of nobody, and acknowledges nothing.
-fn revive(state: &State, view: &View, rules: &Rules, now: Duration, forsaken: bool) -> Action {
+/// with data when the primary is `primary_is_lost`: it is woken as a standby of nobody, and acknowledges nothing.
+fn restart_former(state: &State, view: &View, rules: &Rules, now: Duration, primary_is_lost: bool) -> Action {
     for (node, seen) in &view.nodes {
         let Some(status) = seen.fresh(now, &rules.policy) else { continue };
         let Some(control) = &status.control else { continue };
@@ -256,7 +256,7 @@ fn revive(state: &State, view: &View, rules: &Rules, now: Duration, forsaken: bo
         if control.standby && !status.estranged && !state.kept.contains_key(node) {
             return Action::Rejoin { node: node.clone(), how: Rejoin::Follow };
         }
-        if forsaken {
+        if primary_is_lost {
             return Action::Wake { node: node.clone() };
         }
     }

@@ -5,14 +5,14 @@
 //! nothing of telemetry, and writers do not need it to be alive.
 //!
 //! Deciding is apart from acting: [`decide`] and [`view`] are pure; [`operation`] carries a decision out through
-//! the [`hands::Hands`] of a real cluster or of a simulated one; [`orchestrator`] and [`agent`] are the edges.
+//! the [`node_control::NodeControl`] of a real cluster or of a simulated one; [`orchestrator`] and [`agent`] are the edges.
 
 pub mod agent;
 pub mod decide;
 pub mod explain;
-pub mod hands;
 pub mod history;
 pub mod journal;
+pub mod node_control;
 pub mod operation;
 pub mod orchestrator;
 pub mod priority;

@@ -13,8 +13,8 @@ use failover_api::{Kind, StepStatus};
 use jiff::Timestamp;
 use tokio::time::Instant;
 
-use crate::hands::Hands;
 use crate::journal::{Failure, Operation, Request, Step, plan};
+use crate::node_control::NodeControl;
 use crate::state::State;
 use steps::{carry_out, undo};
 
@@ -22,7 +22,7 @@ use steps::{carry_out, undo};
 ///
 /// # Errors
 /// Only when state cannot be saved: then nothing more may be done.
-pub async fn begin<H: Hands>(
+pub async fn begin<H: NodeControl>(
     hands: &H,
     state: &mut State,
     request: Request,
@@ -48,7 +48,7 @@ pub async fn begin<H: Hands>(
 ///
 /// # Errors
 /// As [`begin`].
-pub async fn resume<H: Hands>(
+pub async fn resume<H: NodeControl>(
     hands: &H,
     state: &mut State,
     operation: Operation,
@@ -63,7 +63,7 @@ pub async fn resume<H: Hands>(
     Ok((operation, Some(Failure { step, error, rolled_back })))
 }
 
-async fn carry_on<H: Hands>(
+async fn carry_on<H: NodeControl>(
     hands: &H,
     state: &mut State,
     mut operation: Operation,

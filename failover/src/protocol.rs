@@ -130,7 +130,8 @@ pub enum Order {
     /// for, in force before the first commit; `slots` are the standbys that will stream.
     /// Timelines up to `above` are another node's: a promotion leads to a higher one, and one that leads on such a timeline
     /// is stopped and promoted again, since writers go by the timeline.
-    Lead {
+    #[serde(rename = "lead")]
+    Promote {
         wait_for: BTreeSet<Node>,
         slots: BTreeSet<Node>,
         #[serde(default)]
@@ -141,7 +142,8 @@ pub enum Order {
     /// An order that comes late must not meet data that has changed since it was decided: what led on timeline `leads` or above,
     /// which is the least that `upstream` leads on, does not follow it; and what somebody has used beside the agent is rewritten
     /// only when a person has given it up (`discarded`).
-    Stand {
+    #[serde(rename = "stand")]
+    Follow {
         upstream: Upstream,
         how: Rejoin,
         #[serde(default)]
@@ -153,7 +155,8 @@ pub enum Order {
     },
     /// Start a stopped node as a standby of nobody, so that what it has can be seen. Data that was a primary's is never
     /// made to follow anybody afterwards without a rewind or a clone.
-    Wake,
+    #[serde(rename = "wake")]
+    StartDetached,
     /// Stop receiving WAL, and do not start again by itself. Answers with the last position received.
     Detach,
     /// Stop the postmaster and everything below it.
@@ -178,9 +181,9 @@ impl Order {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Lead { .. } => "lead",
-            Self::Stand { .. } => "stand",
-            Self::Wake => "wake",
+            Self::Promote { .. } => "lead",
+            Self::Follow { .. } => "stand",
+            Self::StartDetached => "wake",
             Self::Detach => "detach",
             Self::Halt { .. } => "halt",
             Self::WaitFor { .. } => "wait_for",

@@ -25,8 +25,8 @@ use rand::RngExt;
 use tokio::time::Instant;
 
 use crate::decide::{Action, Rules, decide};
-use crate::hands::{Hands, OrderError};
 use crate::journal::{Operation, Request};
+use crate::node_control::{NodeControl, OrderError};
 use crate::operation;
 use crate::orchestrator::checks::{self, Question};
 use crate::protocol::{Command, NodeStatus, Order, Rejoin};
@@ -37,7 +37,7 @@ use world::{World, address, name};
 
 struct Simulated(Mutex<World>);
 
-impl Hands for Simulated {
+impl NodeControl for Simulated {
     async fn order(
         &self,
         node: &str,

@@ -42,7 +42,7 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
     match action {
         Action::Lead { node, .. } => Some((node.clone(), lead(state, rules, node), LONG)),
         Action::Outrank { .. } => Some((primary(), lead(state, rules, &state.primary), LONG)),
-        Action::Wake { node } => Some((node.clone(), Order::Wake, LONG)),
+        Action::Wake { node } => Some((node.clone(), Order::StartDetached, LONG)),
         // Its names are left alone: emptying them would release commits that nobody else has.
         Action::HaltStray { node } => Some((node.clone(), Order::Halt { how: Stop::Immediate }, SWIFT)),
         Action::WaitFor
@@ -60,7 +60,7 @@ pub fn order(state: &State, action: &Action, rules: &Rules) -> Option<(Node, Ord
             };
             let (slots, leads, discarded) =
                 (slots(rules, node), state.above + 1, state.discarded.contains(node));
-            Some((node.clone(), Order::Stand { upstream, how: *how, slots, leads, discarded }, limit))
+            Some((node.clone(), Order::Follow { upstream, how: *how, slots, leads, discarded }, limit))
         }
         Action::Nothing | Action::Resume | Action::FailOver { .. } | Action::Note { .. } => None,
     }
@@ -90,7 +90,7 @@ pub fn after(state: &mut State, action: &Action, epoch: u64, status: &NodeStatus
 /// The order to be the primary that is written down.
 #[must_use]
 pub fn lead(state: &State, rules: &Rules, node: &str) -> Order {
-    Order::Lead { wait_for: state.wait_for.clone(), slots: slots(rules, node), above: state.above }
+    Order::Promote { wait_for: state.wait_for.clone(), slots: slots(rules, node), above: state.above }
 }
 
 /// Every other node streams through a slot of its name.

@@ -7,11 +7,11 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, IntGauge};
 use service::metrics::Registry;
 
-use crate::queue::Level;
+use crate::queue::Capacity;
 use crate::settlement::Settlements;
 
 struct Backlog {
-    level: Arc<Level>,
+    level: Arc<Capacity>,
     settlements: Arc<Settlements>,
     messages: IntGauge,
     bytes: IntGauge,
@@ -26,7 +26,7 @@ struct Backlog {
 /// When a name is registered already.
 pub fn export(
     registry: &Registry,
-    level: Arc<Level>,
+    level: Arc<Capacity>,
     settlements: Arc<Settlements>,
 ) -> Result<(), prometheus::Error> {
     registry.register(Box::new(Backlog {

@@ -89,7 +89,7 @@ pub trait Batch: Send + Sync + 'static {
     fn timestamps(&self) -> impl Iterator<Item = i64> + '_;
 
     /// Readings by site and device type, for kinds that have such.
-    fn census(&self) -> impl Iterator<Item = (&str, &str, u64)> {
+    fn site_counts(&self) -> impl Iterator<Item = (&str, &str, u64)> {
         std::iter::empty()
     }
 

@@ -25,7 +25,7 @@ use tokio_postgres::{Config, NoTls};
 use crate::failure::WriteError;
 use crate::settings::DatabaseSettings;
 use connection::{Opened, idle_driver};
-use handshake::{OpenError, standing};
+use handshake::{OpenError, role};
 use sight::{Sight, Watching};
 use words::{explain, full};
 
@@ -76,11 +76,11 @@ impl Database {
                 let sight = sight.clone();
                 Box::pin(async move {
                     // The pool's own timeouts do not cover hooks: a frozen node would hold the caller for ever.
-                    let standing = timeout(patience, standing(client))
+                    let role = timeout(patience, role(client))
                         .await
                         .map_err(|_| HookError::message("the node does not answer"))?
                         .map_err(|error| HookError::message(error.to_string()))?;
-                    sight.admit(standing).map_err(HookError::message)
+                    sight.admit(role).map_err(HookError::message)
                 })
             })
         };

@@ -8,7 +8,6 @@
 pub mod audit;
 pub mod backlog;
 pub mod batch;
-pub mod census;
 pub mod clock;
 pub mod connections;
 pub mod copy;
@@ -36,6 +35,7 @@ pub mod schema;
 pub mod session;
 pub mod settings;
 pub mod settlement;
+pub mod site_counts;
 mod staging;
 pub mod telemetry;
 pub mod timestamp;

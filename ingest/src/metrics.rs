@@ -8,8 +8,8 @@ use prometheus::{Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntC
 use service::metrics::Registry;
 
 use crate::audit::key::Key;
-use crate::census::Readings;
 use crate::dead_letter::Reason;
+use crate::site_counts::Readings;
 use crate::tolerated::Tolerated;
 pub use letters::LetterMetrics;
 

@@ -13,7 +13,7 @@ use crate::delivery::Delivery;
 /// How full the queue is. Counts messages taken from the broker and not yet settled by a writer, so that the bound
 /// holds for everything a message occupies until its row is committed.
 #[derive(Debug)]
-pub struct Level {
+pub struct Capacity {
     max_messages: usize,
     max_bytes: usize,
     messages: AtomicUsize,
@@ -21,7 +21,7 @@ pub struct Level {
     freed: Notify,
 }
 
-impl Level {
+impl Capacity {
     #[must_use]
     pub fn messages(&self) -> usize {
         self.messages.load(Ordering::Relaxed)
@@ -66,14 +66,14 @@ impl Level {
 #[derive(Debug)]
 pub struct Sender {
     sender: mpsc::UnboundedSender<Vec<Delivery>>,
-    level: Arc<Level>,
+    level: Arc<Capacity>,
 }
 
 /// The writers' end; shared by all writers, used by one at a time.
 #[derive(Debug)]
 pub struct Receiver<M> {
     receiver: Arc<Mutex<Intake<M>>>,
-    level: Arc<Level>,
+    level: Arc<Capacity>,
 }
 
 impl<M> Clone for Receiver<M> {
@@ -97,11 +97,11 @@ pub struct Intake<M> {
 #[must_use]
 #[allow(
     clippy::disallowed_methods,
-    reason = "Level is the bound, in messages and in bytes; a channel counts only chunks"
+    reason = "Capacity is the bound, in messages and in bytes; a channel counts only chunks"
 )]
 pub fn bounded<M>(max_messages: usize, max_bytes: usize, memory: M) -> (Sender, Receiver<M>) {
     let (sender, receiver) = mpsc::unbounded_channel();
-    let level = Arc::new(Level {
+    let level = Arc::new(Capacity {
         max_messages,
         max_bytes,
         messages: AtomicUsize::new(0),
@@ -132,7 +132,7 @@ impl Sender {
     }
 
     #[must_use]
-    pub fn level(&self) -> Arc<Level> {
+    pub fn level(&self) -> Arc<Capacity> {
         self.level.clone()
     }
 }
@@ -144,7 +144,7 @@ impl<M> Receiver<M> {
     }
 
     #[must_use]
-    pub fn level(&self) -> &Level {
+    pub fn level(&self) -> &Capacity {
         &self.level
     }
 }

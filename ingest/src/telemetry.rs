@@ -22,7 +22,6 @@ use tokio_postgres::CopyInSink;
 use crate::audit::key::{Chosen, Key};
 use crate::batch::committed::{Committed, in_time};
 use crate::batch::{self, Path};
-use crate::census::Census;
 use crate::copy;
 use crate::dead_letter::Reason;
 use crate::deliveries::{self, Deliveries, Outcome};
@@ -34,6 +33,7 @@ use crate::reading::{self, Reading, Rejection, Rules, Visitor};
 use crate::recent::Recent;
 use crate::schema::{self, Purpose};
 use crate::settings::IngestSettings;
+use crate::site_counts::SiteCounts;
 use crate::tolerated::{Tally, Tolerances, Tolerated};
 use crate::transaction;
 use careful::Part;
@@ -72,7 +72,7 @@ pub struct Batch {
     named: Option<(usize, String)>,
     /// See [`Path::MergeByLook`].
     by_look: bool,
-    census: Census,
+    site_counts: SiteCounts,
     tolerated: Tally,
     /// Rows that the database has refused, those of `suspects` after those of `fresh`.
     refused_rows: HashSet<usize>,
@@ -93,7 +93,7 @@ impl batch::Batch for Batch {
             suspects: Encoded::new(),
             named: None,
             by_look: false,
-            census: Census::default(),
+            site_counts: SiteCounts::default(),
             tolerated: Tally::default(),
             refused_rows: HashSet::new(),
         }
@@ -104,7 +104,7 @@ impl batch::Batch for Batch {
         self.fresh.clear();
         self.suspects.clear();
         self.named = None;
-        self.census.clear();
+        self.site_counts.clear();
         self.tolerated = Tally::default();
         self.refused_rows.clear();
     }
@@ -148,7 +148,7 @@ impl batch::Batch for Batch {
         let topic = reading::visit(&delivery.topic, &delivery.payload, &self.rules, &mut filling);
         self.tolerated.merge(&filling.tolerated);
         if let Some(topic) = topic {
-            self.census.add(&topic, self.fresh.len() + self.suspects.len() - before);
+            self.site_counts.add(&topic, self.fresh.len() + self.suspects.len() - before);
         }
         self.deliveries.push(delivery);
     }
@@ -176,8 +176,8 @@ impl batch::Batch for Batch {
         self.fresh.timestamps().chain(self.suspects.timestamps())
     }
 
-    fn census(&self) -> impl Iterator<Item = (&str, &str, u64)> {
-        self.census.iter()
+    fn site_counts(&self) -> impl Iterator<Item = (&str, &str, u64)> {
+        self.site_counts.iter()
     }
 
     fn tolerated(&self) -> Tally {
@@ -206,7 +206,7 @@ impl batch::Batch for Batch {
         let parts = self.parts();
         self.fresh.clear();
         self.suspects.clear();
-        self.census.clear();
+        self.site_counts.clear();
         self.deliveries.refuse_whole(parts, &error);
     }
 

@@ -35,7 +35,7 @@ impl Tries {
 
 /// A batch from the receipt of its oldest message to its settlement.
 #[derive(Debug)]
-pub(crate) struct Story<'b> {
+pub(crate) struct BatchTrace<'b> {
     pub(crate) source: &'static str,
     pub(crate) messages: usize,
     pub(crate) bytes: usize,
@@ -48,13 +48,13 @@ pub(crate) struct Story<'b> {
     pub(crate) done: Instant,
 }
 
-impl Story<'_> {
+impl BatchTrace<'_> {
     /// Something else happened than that good rows were committed at once.
     pub(crate) fn is_eventful(&self) -> bool {
         self.tries.count > 1 || self.dead_letters > 0
     }
 
-    pub(crate) fn tell(self) -> Span {
+    pub(crate) fn into_span(self) -> Span {
         let moment = Moment::now();
         let span = |name, from, to| Span::new(name, moment.time_of(from), moment.time_of(to));
         let committing = self.done - self.committed.committed;

@@ -27,7 +27,7 @@ use crate::queue::Receiver;
 use crate::reading::{Rules, Tolerance};
 use crate::settings::IngestSettings;
 use crate::settlement::{Settled, Settlements};
-use crate::trace::{Story, Tries};
+use crate::trace::{BatchTrace, Tries};
 use filled::Filled;
 
 /// So many times in a row the database fails on a batch before it is asked whether it takes anything else. A failover fails
@@ -108,9 +108,18 @@ impl<B: Batch> Writer<B> {
             self.queue.level().free(messages, bytes);
             if self.tracer.is_on() {
                 let (source, filled, committed) = (self.source, &filled, &committed);
-                let story =
-                    Story { source, messages, bytes, filled, sealed, tries, committed, dead_letters, done };
-                self.tracer.record(story.is_eventful(), || story.tell());
+                let trace = BatchTrace {
+                    source,
+                    messages,
+                    bytes,
+                    filled,
+                    sealed,
+                    tries,
+                    committed,
+                    dead_letters,
+                    done,
+                };
+                self.tracer.record(trace.is_eventful(), || trace.into_span());
             }
             batch.clear();
         }
@@ -187,7 +196,7 @@ impl<B: Batch> Writer<B> {
         metrics.joined.inc_by(committed.joined as u64);
         metrics.letters_suppressed.inc_by(batch.deliveries().suppressed() as u64);
         self.letter_log.note(batch.deliveries().letters());
-        metrics.readings.add(batch.census());
+        metrics.readings.add(batch.site_counts());
         for (what, count) in batch.tolerated().iter() {
             metrics.tolerated.with_label_values(&[what.as_str()]).inc_by(count.into());
         }

@@ -64,7 +64,7 @@ impl Mosquitto {
         }
         private_file(&dir.join("mosquitto.conf"), &text, account.as_ref())?;
         let mut broker = Self { dir, log, port, account, child: None };
-        broker.resurrect().await?;
+        broker.start_again().await?;
         Ok(broker)
     }
 
@@ -72,7 +72,7 @@ impl Mosquitto {
     ///
     /// # Errors
     /// When it does not come up; the message holds the end of its log.
-    pub async fn resurrect(&mut self) -> anyhow::Result<()> {
+    pub async fn start_again(&mut self) -> anyhow::Result<()> {
         if self.is_running() {
             return Ok(());
         }
@@ -98,10 +98,10 @@ impl Mosquitto {
     }
 
     /// # Errors
-    /// As [`Mosquitto::stop`] and [`Mosquitto::resurrect`].
+    /// As [`Mosquitto::stop`] and [`Mosquitto::start_again`].
     pub async fn restart(&mut self) -> anyhow::Result<()> {
         self.stop().await?;
-        self.resurrect().await
+        self.start_again().await
     }
 
     /// # Errors

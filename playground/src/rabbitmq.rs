@@ -108,7 +108,7 @@ impl RabbitMq {
         // Without a file of our own the system's would be read.
         private_file(&dir.join("rabbitmq-env.conf"), "", account.as_ref())?;
         let mut broker = Self { dir, log, ports, account, child: None, epmd: None };
-        broker.resurrect().await?;
+        broker.start_again().await?;
         Ok(broker)
     }
 
@@ -116,7 +116,7 @@ impl RabbitMq {
     ///
     /// # Errors
     /// When it does not come up; the message holds the end of its log.
-    pub async fn resurrect(&mut self) -> anyhow::Result<()> {
+    pub async fn start_again(&mut self) -> anyhow::Result<()> {
         if self.is_running() {
             return Ok(());
         }

@@ -81,7 +81,7 @@ impl Redis {
         }
         let mut redis = Self { instances, sentinels };
         for server in redis.instances.iter_mut().chain(&mut redis.sentinels) {
-            server.resurrect().await?;
+            server.start_again().await?;
         }
         Ok(redis)
     }
@@ -171,8 +171,8 @@ impl Redis {
     ///
     /// # Errors
     /// When it does not come up.
-    pub async fn revive(&mut self, index: usize) -> anyhow::Result<()> {
-        self.instances.get_mut(index).context("an instance")?.resurrect().await
+    pub async fn restart(&mut self, index: usize) -> anyhow::Result<()> {
+        self.instances.get_mut(index).context("an instance")?.start_again().await
     }
 
     /// Stops all of it, Sentinels first.
@@ -270,7 +270,7 @@ impl Server {
     ///
     /// # Errors
     /// When it does not come up; the message holds the end of its log.
-    pub async fn resurrect(&mut self) -> anyhow::Result<()> {
+    pub async fn start_again(&mut self) -> anyhow::Result<()> {
         if self.is_running() {
             return Ok(());
         }

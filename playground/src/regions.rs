@@ -251,23 +251,23 @@ impl Regions {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub async fn revive(&mut self) -> anyhow::Result<Vec<String>> {
-        let mut revived = Vec::new();
+    pub async fn restart_ended(&mut self) -> anyhow::Result<Vec<String>> {
+        let mut restarted = Vec::new();
         for program in self.agents.iter_mut().chain([&mut self.orchestrator]) {
             if !program.is_running() {
                 program.restart().await?;
-                revived.push(program.name().to_owned());
+                restarted.push(program.name().to_owned());
             }
         }
         if let Some(redis) = &mut self.redis {
             for server in redis.instances.iter_mut().chain(&mut redis.sentinels) {
                 if !server.is_running() {
-                    server.resurrect().await?;
-                    revived.push(server.name().to_owned());
+                    server.start_again().await?;
+                    restarted.push(server.name().to_owned());
                 }
             }
         }
-        Ok(revived)
+        Ok(restarted)
     }
 }
 

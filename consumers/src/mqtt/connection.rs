@@ -6,7 +6,7 @@
 //! the rare packets that go out.
 //!
 //! The broker writes every message alone, and a process that waits for the socket is woken for each. So after a small
-//! read the connection looks away for [`REST`] and then takes what has come together: one wake for many messages.
+//! read the connection looks away for [`COALESCE`] and then takes what has come together: one wake for many messages.
 //! docs/decisions/0007 has the figures.
 
 use std::io::{self, Read as _, Write as _};
@@ -39,7 +39,7 @@ const MIN_READ_BYTES: usize = 16 << 10;
 /// A read of less than this is worth waiting for company: some forty messages.
 const SMALL_READ_BYTES: usize = 16 << 10;
 /// How long after a small read nothing is read. It adds to a reading's way; a batch waits longer for its rows.
-const REST: Duration = Duration::from_millis(1);
+const COALESCE: Duration = Duration::from_millis(1);
 
 /// With so much that the broker does not take, nothing more is read: it holds the acknowledgements of four times the
 /// messages that may be in flight.
@@ -87,7 +87,7 @@ pub struct Connection {
     /// Never blocks. Not registered with the runtime, save while something waits for it: a registered socket wakes the
     /// runtime for every packet that arrives, wanted or not.
     socket: std::net::TcpStream,
-    rest_until: Option<Instant>,
+    coalesce_until: Option<Instant>,
     /// What is read goes here first; a `BytesMut` lends out only what is initialised.
     scratch: Box<[u8]>,
     incoming: BytesMut,
@@ -137,7 +137,7 @@ impl Connection {
         };
         let mut connection = Self {
             socket: stream.into_std()?,
-            rest_until: None,
+            coalesce_until: None,
             scratch: vec![0; READ_BYTES].into_boxed_slice(),
             incoming: BytesMut::new(),
             outgoing: BytesMut::new(),
@@ -335,7 +335,7 @@ impl Connection {
                 return Ok(false);
             }
             let read = read && self.outgoing.len() < MAX_OUTGOING;
-            let resting = self.rest_until.filter(|until| *until > Instant::now());
+            let resting = self.coalesce_until.filter(|until| *until > Instant::now());
             if read && resting.is_none() && self.read()? {
                 return Ok(true);
             }
@@ -378,7 +378,7 @@ impl Connection {
             return Err(ConnectionError::Closed);
         }
         self.incoming.extend_from_slice(scratch.get(..count).unwrap_or_default());
-        self.rest_until = (count < SMALL_READ_BYTES).then(|| Instant::now() + REST);
+        self.coalesce_until = (count < SMALL_READ_BYTES).then(|| Instant::now() + COALESCE);
         Ok(true)
     }
 

@@ -18,7 +18,7 @@ use amqp::{AmqpError, Broker};
 use anyhow::bail;
 use futures_util::FutureExt;
 use ingest::metrics::Metrics;
-use ingest::queue::{Level, Sender};
+use ingest::queue::{Capacity, Sender};
 use ingest::settlement::{Refused, Settled, Settlements};
 use service::backoff::Backoff;
 use service::health::Dependency;
@@ -134,7 +134,7 @@ impl Source {
     }
 
     /// Without a connection, until the writers have committed everything they have, or shutdown.
-    async fn until_emptied(&self, level: &Level, shutdown: &CancellationToken) {
+    async fn until_emptied(&self, level: &Capacity, shutdown: &CancellationToken) {
         let until = async {
             tokio::select! {
                 () = level.emptied() => {}

@@ -66,7 +66,7 @@ async fn a_session_that_the_broker_lost_while_nobody_ran_is_noticed() {
     floor.consumer.terminate(PATIENCE).await.unwrap();
     floor.broker.stop().await.unwrap();
     std::fs::remove_file(floor.scratch().path().join("mosquitto/mosquitto.db")).unwrap();
-    floor.broker.resurrect().await.unwrap();
+    floor.broker.start_again().await.unwrap();
     floor.consumer.restart().await.unwrap();
     floor.consumer.ready(PATIENCE).await.unwrap();
     until_log(&floor.consumer, "has lost the session").await;

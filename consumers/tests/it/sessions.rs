@@ -47,7 +47,7 @@ async fn a_broker_killed_and_restarted_in_mid_stream_loses_nothing() {
     publisher.publish(events(1_000, 2_000)).await;
     stage.broker.kill9().await.unwrap();
     stage.cluster.primary_mut().resume();
-    stage.broker.resurrect().await.unwrap();
+    stage.broker.start_again().await.unwrap();
     let publisher = stage.publisher(QUEUE).await;
     publisher.publish(events(2_000, 3_000)).await;
     stage.until(SESSIONS, 3_000).await;

@@ -59,7 +59,7 @@ pub struct Postgres {
     tasks: TaskTracker,
     durable: Mutex<Durable>,
     /// The file may say what Postgres was not told.
-    untold: AtomicBool,
+    config_unconfirmed: AtomicBool,
     /// Of the postmaster, while it has not been reaped.
     pid: Arc<Mutex<Option<Pid>>>,
 }
@@ -90,7 +90,7 @@ impl Postgres {
             shared,
             tasks,
             durable: Mutex::new(durable),
-            untold: AtomicBool::new(false),
+            config_unconfirmed: AtomicBool::new(false),
             pid: Arc::default(),
         })
     }
@@ -312,25 +312,26 @@ impl Postgres {
         wait_for: Option<&BTreeSet<Node>>,
     ) -> anyhow::Result<bool> {
         let names = wait_for.map(names);
-        let untold = self.untold.swap(false, Ordering::SeqCst);
-        let changed = self.conf.write(upstream, names.as_deref()).inspect_err(|_| self.doubt())?;
+        let config_unconfirmed = self.config_unconfirmed.swap(false, Ordering::SeqCst);
+        let changed =
+            self.conf.write(upstream, names.as_deref()).inspect_err(|_| self.config_unconfirmed())?;
         self.shared.change(|status| status.upstream = upstream.cloned());
         let pid = *self.pid.lock().unwrap_or_else(PoisonError::into_inner);
         // Every process of Postgres reads the whole configuration again: not in the middle of a promotion for nothing.
-        let tell = changed || untold;
+        let tell = changed || config_unconfirmed;
         let told = tell && send(pid, Signal::SIGHUP);
         tracing::debug!(?upstream, names, told, "role written");
         // One that does not run reads it when it starts.
         if tell && !told && pid.is_some() {
-            self.doubt();
+            self.config_unconfirmed();
         }
         Ok(told)
     }
 
     /// Whether what Postgres was told last came through is not known: an order had not the effect that it should have. It
     /// reads nothing of a configuration in which somebody else made a mistake, for one.
-    pub fn doubt(&self) {
-        self.untold.store(true, Ordering::SeqCst);
+    pub fn config_unconfirmed(&self) {
+        self.config_unconfirmed.store(true, Ordering::SeqCst);
     }
 
     /// Starts the stopped node as a standby and returns; the first sample says when it answers. The caller has swept

@@ -72,14 +72,14 @@ impl Orders {
             Order::Checkpoint => self.checkpoint(deadline).await,
             Order::ConfirmSync { standby } => self.confirm_sync(&standby, deadline).await,
             Order::Mark { epoch } => self.mark(epoch, deadline).await,
-            Order::Lead { wait_for, slots, above } => {
+            Order::Promote { wait_for, slots, above } => {
                 self.lead(number, &wait_for, &slots, above, deadline).await
             }
-            Order::Stand { upstream, how, slots, leads, discarded } => {
+            Order::Follow { upstream, how, slots, leads, discarded } => {
                 let role = Standby { upstream, how, slots, leads, discarded };
                 self.stand(number, &role, deadline).await
             }
-            Order::Wake => self.wake(number, deadline).await,
+            Order::StartDetached => self.wake(number, deadline).await,
             Order::Detach => self.detach(number, deadline).await,
             Order::Halt { how } => self.halt(number, how, deadline).await,
             Order::WaitFor { nodes } => self.wait_for(number, &nodes, deadline).await,
@@ -90,7 +90,7 @@ impl Orders {
             Err(refusal) => {
                 if changes_role {
                     // Whoever tries again tells Postgres again.
-                    self.node.doubt();
+                    self.node.config_unconfirmed();
                 }
                 tracing::warn!(order = name, epoch = command.epoch, ?took, code = ?refusal.code, %refusal, "order not carried out")
             }

@@ -4,7 +4,7 @@ use failover_api::Node;
 
 use super::seen::{name, status};
 use super::world::{Link, MIXED, REWRITTEN, Wait, World, bits};
-use crate::hands::OrderError;
+use crate::node_control::OrderError;
 use crate::protocol::{Code, NodeStatus, Order, Rejoin, Stop};
 
 impl World {
@@ -30,11 +30,11 @@ impl World {
         let runs = self.nodes[node].running && !self.nodes[node].foreign;
         let leads = runs && !self.nodes[node].standby;
         match order {
-            Order::Lead { wait_for, above, .. } => self.lead(node, waits(wait_for, partner), *above)?,
-            Order::Stand { how, leads, discarded, .. } => self.stand(node, *how, *leads, *discarded)?,
-            Order::Wake if leads => return Err(Code::Leads),
-            Order::Wake if self.nodes[node].foreign => return Err(Code::Foreign),
-            Order::Wake => {
+            Order::Promote { wait_for, above, .. } => self.lead(node, waits(wait_for, partner), *above)?,
+            Order::Follow { how, leads, discarded, .. } => self.stand(node, *how, *leads, *discarded)?,
+            Order::StartDetached if leads => return Err(Code::Leads),
+            Order::StartDetached if self.nodes[node].foreign => return Err(Code::Foreign),
+            Order::StartDetached => {
                 let member = &mut self.nodes[node];
                 if !member.running {
                     member.estranged |= !member.standby;

@@ -15,8 +15,8 @@ use super::events::Event;
 use super::seen::{NOW, index, name, view};
 use super::world::{Cure, Durable, Late, Link, NOT_IN_SYNC, OLD_STATE, World, bits};
 use crate::decide::{Action, Rules, decide};
-use crate::hands::{Hands, OrderError};
 use crate::journal::{Request, Step};
+use crate::node_control::{NodeControl, OrderError};
 use crate::operation;
 use crate::orchestrator::checks;
 use crate::protocol::{NodeStatus, Order, Rejoin};
@@ -142,7 +142,7 @@ impl Inner {
 
 struct Table(Mutex<Inner>);
 
-impl Hands for Table {
+impl NodeControl for Table {
     async fn order(
         &self,
         node: &str,

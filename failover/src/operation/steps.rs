@@ -13,8 +13,8 @@ use jiff::Timestamp;
 use tokio::time::{Instant, timeout_at};
 
 use crate::decide::holds;
-use crate::hands::{Hands, OrderError};
 use crate::journal::{Operation, Step};
+use crate::node_control::{NodeControl, OrderError};
 use crate::protocol::{NodeStatus, Order, Rejoin, Stop, Upstream, millis};
 use crate::state::State;
 
@@ -33,7 +33,7 @@ const PROMOTE: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_millis(250);
 const RETRY: Duration = Duration::from_millis(20);
 
-pub(super) async fn carry_out<H: Hands>(
+pub(super) async fn carry_out<H: NodeControl>(
     hands: &H,
     state: &mut State,
     operation: &mut Operation,
@@ -85,7 +85,11 @@ fn text(error: OrderError) -> String {
 /// Planned: a fast stop with the target attached. What it wrote last is the shutdown checkpoint; the target must have it. A stop
 /// that does not end (somebody who archives and never confirms the last bit keeps it waiting), or a source that is lost on
 /// the way, ends like an unplanned failover: the target has everything that was acknowledged.
-async fn stop_source<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+async fn stop_source<H: NodeControl>(
+    hands: &H,
+    epoch: u64,
+    operation: &mut Operation,
+) -> Result<String, String> {
     let source = operation.source.clone();
     let status = match hands.order(&source, epoch, Order::Halt { how: Stop::Fast }, STOP).await {
         Ok(status) => status,
@@ -115,7 +119,7 @@ async fn stop_source<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation)
 }
 
 /// Unplanned: detach whoever the source could wait for. One member of the sync set is enough.
-async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+async fn fence<H: NodeControl>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
     let forced = operation.kind == Kind::Forced;
     let halt = hands.order(&operation.source, epoch, Order::Halt { how: Stop::Immediate }, SWIFT);
     let detach = detach(hands, epoch, operation);
@@ -188,7 +192,7 @@ async fn fence<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Re
 }
 
 /// Orders all standbys to detach, at once. Ends when all have answered, or a moment after the fence holds.
-async fn detach<H: Hands>(
+async fn detach<H: NodeControl>(
     hands: &H,
     epoch: u64,
     operation: &Operation,
@@ -236,12 +240,12 @@ fn keep(operation: &mut Operation, chosen: &str, reached: &BTreeMap<Node, Lsn>) 
     operation.wait_for_after = if held.is_empty() && operation.two_copies { waits } else { held };
 }
 
-async fn promote<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
+async fn promote<H: NodeControl>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
     let target = operation.target.clone();
     let slots: BTreeSet<Node> = operation.addresses.keys().filter(|node| **node != target).cloned().collect();
     let wait_for = operation.wait_for_after.clone();
     let above = operation.timeline_before;
-    let order = || Order::Lead { wait_for: wait_for.clone(), slots: slots.clone(), above };
+    let order = || Order::Promote { wait_for: wait_for.clone(), slots: slots.clone(), above };
     let status = insist(hands, &target, epoch, order).await?;
     let sample = status.sample.as_ref().filter(|_| status.is_writable());
     let Some(sample) = sample else { return Err(format!("{target} is not writable after its promotion")) };
@@ -257,7 +261,7 @@ async fn promote<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> 
 
 /// Others, and in a planned operation the old primary, become standbys of the target. What does not succeed at once is
 /// left to the upkeep, which has better means; commits do not wait for it meanwhile.
-async fn repoint<H: Hands>(
+async fn repoint<H: NodeControl>(
     hands: &H,
     state: &mut State,
     operation: &mut Operation,
@@ -304,8 +308,12 @@ async fn repoint<H: Hands>(
     })
 }
 
-async fn validate<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) -> Result<String, String> {
-    let order = || Order::Lead {
+async fn validate<H: NodeControl>(
+    hands: &H,
+    epoch: u64,
+    operation: &mut Operation,
+) -> Result<String, String> {
+    let order = || Order::Promote {
         wait_for: operation.wait_for_after.clone(),
         slots: operation.addresses.keys().filter(|node| **node != operation.target).cloned().collect(),
         above: operation.timeline_before,
@@ -330,7 +338,7 @@ async fn validate<H: Hands>(hands: &H, epoch: u64, operation: &mut Operation) ->
 }
 
 /// After the decision there is nobody else: try until it works or the time is up.
-async fn insist<H: Hands>(
+async fn insist<H: NodeControl>(
     hands: &H,
     node: &str,
     epoch: u64,
@@ -350,7 +358,7 @@ async fn insist<H: Hands>(
 }
 
 /// Before the decision: back to where it was. The epoch grows, so that an order of ours still on its way is refused.
-pub(super) async fn undo<H: Hands>(
+pub(super) async fn undo<H: NodeControl>(
     hands: &H,
     state: &mut State,
     operation: &mut Operation,
@@ -366,7 +374,7 @@ pub(super) async fn undo<H: Hands>(
         operation.record("undo", Timestamp::now(), started.elapsed(), StepStatus::RolledBack, detail.clone());
         return Ok(detail);
     }
-    let lead = Order::Lead {
+    let lead = Order::Promote {
         wait_for: state.wait_for.clone(),
         slots: operation.addresses.keys().filter(|node| **node != operation.source).cloned().collect(),
         above: state.above,
@@ -392,7 +400,7 @@ pub(super) async fn undo<H: Hands>(
 fn stand(operation: &Operation, upstream: &Upstream, node: &str) -> Order {
     let slots = operation.addresses.keys().filter(|other| *other != node).cloned().collect();
     let leads = operation.timeline_before + 1;
-    Order::Stand { upstream: upstream.clone(), how: Rejoin::Follow, slots, leads, discarded: false }
+    Order::Follow { upstream: upstream.clone(), how: Rejoin::Follow, slots, leads, discarded: false }
 }
 
 fn received(status: &NodeStatus) -> Option<Lsn> {

@@ -9,7 +9,7 @@ use failover_api::{Lsn, Node};
 
 use super::*;
 use crate::decide::tests::{sample, seen};
-use crate::hands::OrderError;
+use crate::node_control::OrderError;
 use crate::protocol::Upstream;
 use crate::protocol::{NodeStatus, Order, Postmaster};
 
@@ -19,7 +19,7 @@ struct Slow {
     led: Mutex<Option<(Node, BTreeSet<Node>)>>,
 }
 
-impl Hands for Slow {
+impl NodeControl for Slow {
     async fn order(
         &self,
         node: &str,
@@ -33,7 +33,7 @@ impl Hands for Slow {
             return Err(OrderError::Silent { node: node.into(), reason: "it hangs".into() });
         }
         let leads = match &order {
-            Order::Lead { wait_for, .. } => {
+            Order::Promote { wait_for, .. } => {
                 *self.led.lock().unwrap() = Some((node.into(), wait_for.clone()));
                 true
             }

@@ -20,9 +20,9 @@ use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::decide::{Action, Rules, decide};
-use crate::hands::{Hands, OrderError};
 use crate::history::{Entry, History};
 use crate::journal::Step;
+use crate::node_control::{NodeControl, OrderError};
 use crate::operation;
 use crate::orchestrator::adopt::AdoptQuestion;
 use crate::orchestrator::checks::{self, Denied, Question};

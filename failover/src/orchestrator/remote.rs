@@ -10,7 +10,7 @@ use reqwest::Client;
 use service::secret::Secret;
 use tokio::sync::watch as channel;
 
-use crate::hands::{Hands, OrderError};
+use crate::node_control::{NodeControl, OrderError};
 use crate::orchestrator::crash;
 use crate::orchestrator::settings::Address;
 use crate::orchestrator::store::Store;
@@ -181,7 +181,7 @@ fn full(error: &dyn std::error::Error) -> String {
     text
 }
 
-impl Hands for Remote {
+impl NodeControl for Remote {
     async fn order(
         &self,
         node: &str,

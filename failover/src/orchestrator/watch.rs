@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::hands::OrderError;
+use crate::node_control::OrderError;
 use crate::protocol::NodeStatus;
 use crate::view::{Seen, View};
 

@@ -4,7 +4,7 @@ use failover_api::Node;
 use rand::RngExt;
 
 use super::{Run, World};
-use crate::hands::Hands;
+use crate::node_control::NodeControl;
 use crate::orchestrator::adopt::{self, AdoptQuestion};
 use crate::orchestrator::report;
 

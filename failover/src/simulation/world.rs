@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use crate::agent::conf::GUARD;
-use crate::hands::OrderError;
+use crate::node_control::OrderError;
 use crate::protocol::{
     Attached, Code, Command, Control, NodeStatus, Order, Postmaster, Receiver, Rejoin, Sample, Stop, Upstream,
 };
@@ -68,7 +68,7 @@ pub(super) struct World {
     pub(super) acknowledged: BTreeSet<u32>,
     /// What no act of ours may destroy.
     pub(super) precious: BTreeSet<u32>,
-    /// Hands are at work that the cluster does not know of: an operator may have made two that acknowledge.
+    /// NodeControl are at work that the cluster does not know of: an operator may have made two that acknowledge.
     pub(super) hostile: bool,
     pub(super) split: bool,
     pub(super) commits: u32,
@@ -307,7 +307,7 @@ impl World {
         self.events.push(format!("order {node} {epoch} {order:?}"));
         let machine = self.machines.get_mut(node).unwrap();
         match order {
-            Order::Lead { wait_for, above, .. } => {
+            Order::Promote { wait_for, above, .. } => {
                 if !machine.data {
                     return Err(why(Code::NoData, "no data"));
                 }
@@ -330,7 +330,7 @@ impl World {
                 machine.estranged = false;
                 machine.touched |= !machine.impostors.is_empty();
             }
-            Order::Stand { upstream, how, leads, discarded, .. } => {
+            Order::Follow { upstream, how, leads, discarded, .. } => {
                 let source = name(upstream.port);
                 let ready = self.machines.get(&source).is_some_and(|s| s.running && !s.standby && !s.frozen);
                 let (log, timeline) = (self.machines[&source].log.clone(), self.machines[&source].timeline);
@@ -391,7 +391,7 @@ impl World {
                 }
                 self.machines.get_mut(node).unwrap().alone = false;
             }
-            Order::Wake => {
+            Order::StartDetached => {
                 if !machine.data || machine.running && !machine.standby {
                     return Err(refuse("nothing to wake"));
                 }

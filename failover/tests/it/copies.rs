@@ -27,7 +27,7 @@ async fn with_three_nodes_there_are_two_copies_soon() {
         println!("{from} -> {}: {:?}, {:?}", last.target_region, load.gap_since(started), last.steps);
         // A third node that needs longer than the others is left out at first, and soon taken in.
         fixture.until("two copies", |status| !status.wait_for.is_empty()).await;
-        fixture.revive_node(&from).await;
+        fixture.restart_node(&from).await;
     }
     let to =
         fixture.whole().await.nodes.iter().find(|node| node.role == Role::Standby).unwrap().region.clone();
@@ -72,7 +72,7 @@ async fn two_copies_means_that_nothing_is_acknowledged_with_one() {
     sleep(Duration::from_secs(5)).await;
     fixture.leads_alone("region2").await;
     assert!(load.is_silent_since(decided), "acknowledged with one copy");
-    fixture.revive_node("region1").await;
+    fixture.restart_node("region1").await;
     load.commits_after(killed, 10).await;
     fixture.whole().await;
     fixture.until("waited for", |status| status.wait_for == ["region1".to_owned()].into()).await;

@@ -22,7 +22,7 @@ async fn the_former_primary_is_left(fixture: &mut Fixture, load: &Load) {
     // One that remembers nothing but what it has written down.
     fixture.orchestrator.kill9().await.unwrap();
     fixture.orchestrator.restart().await.unwrap();
-    fixture.revive_node("region1").await;
+    fixture.restart_node("region1").await;
     fixture.until("woken", |status| status.nodes[0].role == Role::Standby).await;
     assert!(fixture.writable().await.is_empty(), "nothing is promoted by itself");
 }
@@ -51,7 +51,7 @@ async fn its_data_can_be_used_when_the_new_primarys_disk_dies() {
     assert_eq!(report.timeline_after, 3, "{report:#?}");
     // Writers, who have seen timeline 2, believe it.
     load.commits_after(Instant::now(), 10).await;
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
     fixture.leads_alone("region1").await;
     // And it is as good a pair as any.
@@ -76,7 +76,7 @@ async fn a_lost_primary_that_returns_after_all_is_kept_and_then_rewound() {
     let named = std::fs::read_to_string(&lock).unwrap();
     let (_, rest) = named.split_once('\n').unwrap();
     std::fs::write(&lock, format!("{}\n{rest}", other.id())).unwrap();
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     // It may have what was lost: it is left as it is until a person has taken that out.
     fixture.discard("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
@@ -95,7 +95,7 @@ async fn a_woken_node_gives_way_when_the_primary_returns() {
     let load = Load::start(&fixture.database()).await;
     the_former_primary_is_left(&mut fixture, &load).await;
     fixture.agent_until("region1", "estranged", |status| status.estranged).await;
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region2");
     fixture.agent_until("region1", "a standby like others", |status| !status.estranged).await;
     load.finish().await;
@@ -117,7 +117,7 @@ async fn a_primary_that_cannot_be_started_does_not_hide_the_former_one() {
     std::fs::write(&conf, format!("{good}\nno_such_setting = on\n")).unwrap();
     let killed = Instant::now();
     fixture.kill_postmaster("region2");
-    fixture.revive_node("region1").await;
+    fixture.restart_node("region1").await;
     fixture.until("woken", |status| status.nodes[0].role == Role::Standby).await;
     assert!(fixture.writable().await.is_empty(), "nothing is promoted by itself");
     std::fs::write(&conf, good).unwrap();
@@ -152,7 +152,7 @@ async fn a_standby_that_reads_no_configuration_is_no_fence() {
         .until("failed over", |status| status.current_region == "region2" && !status.failover_under_way)
         .await;
     load.commits_after(Instant::now(), 10).await;
-    fixture.revive_node("region1").await;
+    fixture.restart_node("region1").await;
     assert_eq!(fixture.whole().await.current_region, "region2");
     load.finish().await;
 }

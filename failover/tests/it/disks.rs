@@ -35,7 +35,7 @@ impl Disk {
         std::fs::remove_dir(at.join("lost+found")).unwrap();
         run("cp", &["-a", &path(&old.join(".")), text]);
         std::fs::remove_dir_all(&old).unwrap();
-        fixture.revive_node(region).await;
+        fixture.restart_node(region).await;
         fixture.whole().await;
         disk
     }

@@ -305,7 +305,7 @@ impl Fixture {
         json!({"host": "127.0.0.1", "port": self.cluster.nodes[self.index(region)].port()})
     }
 
-    pub(crate) async fn revive_node(&mut self, region: &str) {
+    pub(crate) async fn restart_node(&mut self, region: &str) {
         let index = self.index(region);
         self.agents[index].restart().await.unwrap();
     }

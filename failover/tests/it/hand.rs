@@ -56,7 +56,7 @@ async fn a_promotion_that_was_written_to_is_for_a_person_to_judge() {
     db.batch_execute("ALTER SYSTEM RESET ALL").await.unwrap();
     db.batch_execute("SELECT pg_reload_conf()").await.unwrap();
     db.batch_execute("CREATE TABLE written_by_hand (a int)").await.unwrap();
-    fixture.revive_node("region1").await;
+    fixture.restart_node("region1").await;
     fixture.orchestrator.restart().await.unwrap();
     let status = fixture.until("in doubt", |status| says(status, "POST /adopt/")).await;
     assert!(status.doubts.iter().any(|doubt| doubt.contains("region2 is on timeline 2")), "{status:#?}");
@@ -274,7 +274,7 @@ async fn a_slot_that_was_dropped_is_made_again() {
         assert!(began.elapsed() < LIMIT, "the slot stays in use");
         sleep(Duration::from_millis(50)).await;
     }
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     let revived = Instant::now();
     fixture.whole().await;
     println!("whole {:?} after the node came back", revived.elapsed());

@@ -119,8 +119,8 @@ async fn a_region_that_dies_takes_redis_along() {
         .await;
     let took = redis_is_in(&fixture, 1, LIMIT).await;
     println!("Redis {took:?} after the failover: {:?}", status.last_failover.unwrap().steps.last());
-    fixture.redis.as_mut().unwrap().instances[0].resurrect().await.unwrap();
-    fixture.revive_node("region1").await;
+    fixture.redis.as_mut().unwrap().instances[0].start_again().await.unwrap();
+    fixture.restart_node("region1").await;
     fixture.whole().await;
 }
 
@@ -131,7 +131,7 @@ async fn a_master_that_dies_alone_is_replaced_and_led_back() {
     let took = redis_is_in(&fixture, 1, LIMIT).await;
     println!("Redis master replaced after {took:?}");
     alarm(&fixture, "does not answer").await;
-    fixture.redis.as_mut().unwrap().instances[0].resurrect().await.unwrap();
+    fixture.redis.as_mut().unwrap().instances[0].start_again().await.unwrap();
     let took = redis_is_in(&fixture, 0, LIMIT).await;
     println!("Redis master back in the region of the primary after {took:?}");
     quiet(&fixture, "region1").await;

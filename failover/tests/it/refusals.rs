@@ -152,7 +152,7 @@ async fn paused_does_not_make_an_outage_of_a_dead_standby() {
     fixture.until("degraded", |status| status.sync_set.is_empty() && status.wait_for.is_empty()).await;
     load.commits_after(Instant::now(), 10).await;
     // Whoever paused it may be at work there: it is not started.
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     fixture.until("seen", |status| status.nodes[1].role == Role::Stopped).await;
     let since = Instant::now();
     while since.elapsed() < Duration::from_secs(2) {
@@ -229,7 +229,7 @@ async fn degraded_and_back() {
     load.commits_after(Instant::now(), 10).await;
     assert!(fixture.history().await.failovers.is_empty());
 
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     assert_eq!(fixture.whole().await.current_region, "region1");
     fixture
         .until("as before", |status| {
@@ -251,7 +251,7 @@ async fn loss_needs_a_word_from_an_operator() {
     db.batch_execute("CREATE TABLE only_here (a int)").await.unwrap();
     drop(db);
     fixture.kill_node("region1").await;
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     fixture.until("a standby", |status| status.nodes[1].role == Role::Standby).await;
     let (found, body) = fixture.failover("region2", "").await;
     assert_eq!((found, code(&body)), (503, "no_safe_candidate"), "{body}");
@@ -262,7 +262,7 @@ async fn loss_needs_a_word_from_an_operator() {
     let (found, report) = fixture.failover("region2", "?allow_data_loss=true").await;
     assert_eq!(found, 200, "{report:#}");
     assert_eq!(report["kind"], json!("forced"));
-    fixture.revive_node("region1").await;
+    fixture.restart_node("region1").await;
     let kept = |status: &Status| status.nodes[0].kept.is_some() && status.nodes[0].role == Role::Stopped;
     fixture.until("there", kept).await;
     // The only copy of what was lost: nobody rewrites it.
@@ -287,7 +287,7 @@ async fn a_node_without_data_is_cloned_and_can_lead() {
     fixture.empty_disk("region2");
     let away = fixture.until("away", |status| !status.nodes[1].streaming).await;
     assert!(away.sync_set.contains("region2"), "{away:#?}");
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     fixture.whole().await;
     assert!(fixture.cluster.nodes[1].data().join("PG_VERSION").is_file());
     assert!(fixture.switch("region2").await.success);

@@ -179,7 +179,7 @@ async fn no_free_wal_sender_costs_no_data() {
     for number in 0..usize::try_from(most).unwrap() {
         archivers.push(archiver(&fixture, number).await);
     }
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     fixture.until("said", |status| status.alarms.iter().any(|alarm| alarm.contains("max_wal_senders"))).await;
     assert!(witness.exists(), "nothing was copied");
     let said = Instant::now();

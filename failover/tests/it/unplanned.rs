@@ -74,7 +74,7 @@ async fn a_killed_node_is_replaced_and_comes_back_as_standby() {
         let started = Instant::now();
         fixture.kill_node(&from).await;
         gaps.push(gap(&fixture, &load, &from, started).await.0);
-        fixture.revive_node(&from).await;
+        fixture.restart_node(&from).await;
         let rejoin = Instant::now();
         fixture.whole().await;
         println!("whole again after {:?}", rejoin.elapsed());
@@ -148,7 +148,7 @@ async fn a_node_whose_wal_is_gone_is_cloned() {
         db.batch_execute("CHECKPOINT").await.unwrap();
     }
     drop(db);
-    fixture.revive_node("region2").await;
+    fixture.restart_node("region2").await;
     let status = fixture.whole().await;
     assert_eq!(status.current_region, "region1");
     load.finish().await;

@@ -75,7 +75,7 @@ pub(super) enum OpenError {
 }
 
 /// The timeline of a node, `None` while it is in recovery.
-pub(super) type Standing = Option<u32>;
+pub(super) type Role = Option<u32>;
 
 /// Checks a session that nothing was sent through yet. `bare`: it was opened without our settings. False when it did not take
 /// them at its start, as behind a pooler; it has them now.
@@ -120,17 +120,17 @@ pub(super) async fn unmarked(client: &Client) -> Result<(), OpenError> {
 ///
 /// # Errors
 /// When it is lost, or refused in words.
-pub(super) async fn standing(client: &Client) -> Result<Standing, OpenError> {
+pub(super) async fn role(client: &Client) -> Result<Role, OpenError> {
     let row = ask(client, &SHORT_QUESTION).await?;
     let mut values = Values { row: &row, next: 0 };
-    let standing = standing_of(values.take());
+    let role = role_of(values.take());
     if values.take() != Some(OUR_MARK.as_str()) {
         return Err(OpenError::Refused(shared_session()));
     }
     none_is_fatal(&mut values)?;
     match different(&mut values, WATCHED.iter()) {
         Some(difference) => Err(OpenError::Refused(difference)),
-        None => Ok(standing),
+        None => Ok(role),
     }
 }
 
@@ -157,7 +157,7 @@ impl Values<'_> {
     }
 }
 
-fn standing_of(hex: Option<&str>) -> Standing {
+fn role_of(hex: Option<&str>) -> Role {
     hex.and_then(|hex| u32::from_str_radix(hex, 16).ok())
 }
 

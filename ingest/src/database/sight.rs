@@ -16,55 +16,55 @@ use tokio_postgres::Config;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::{Opened, open};
-use super::handshake::{OpenError, standing};
+use super::handshake::{OpenError, role};
 use crate::failure::WriteError;
 
 /// How long the first primary seen has to wait for nodes that have not answered yet: one of them may be ahead.
 const STRAGGLER_WAIT: Duration = Duration::from_millis(300);
 /// How often every node is asked while one is the primary: what a frozen primary adds to a gap, at most.
-const CALM: Duration = Duration::from_millis(100);
+const IDLE_POLL: Duration = Duration::from_millis(100);
 /// While none is.
-const HASTE: Duration = Duration::from_millis(10);
+const SEARCH_POLL: Duration = Duration::from_millis(10);
 /// Between two tries to open a session with a node.
 const REOPEN: Duration = Duration::from_millis(50);
 
-/// A node's last word.
+/// A node's last probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Word {
+enum NodeProbe {
     /// Not asked yet.
     None,
     /// Its timeline; nothing while it is in recovery.
-    Standing(Option<u32>),
+    Role(Option<u32>),
     /// Why there is none.
     Failed(String),
 }
 
 /// What all nodes say, and what follows from it. Pure.
 #[derive(Debug)]
-struct Words {
+struct Probes {
     highest: u32,
-    words: Vec<Word>,
+    probes: Vec<NodeProbe>,
 }
 
-impl Words {
+impl Probes {
     /// The node to write to: writable, and not on an older timeline than one seen before.
     fn primary(&self) -> Option<(usize, u32)> {
-        let leads = |(index, word): (usize, &Word)| match word {
-            Word::Standing(Some(timeline)) => Some((index, *timeline)),
+        let leads = |(index, probe): (usize, &NodeProbe)| match probe {
+            NodeProbe::Role(Some(timeline)) => Some((index, *timeline)),
             _ => None,
         };
-        let best = self.words.iter().enumerate().filter_map(leads).max_by_key(|(_, timeline)| *timeline)?;
+        let best = self.probes.iter().enumerate().filter_map(leads).max_by_key(|(_, timeline)| *timeline)?;
         (best.1 >= self.highest).then_some(best)
     }
 
     fn is_settled(&self) -> bool {
-        self.words.iter().all(|word| *word != Word::None)
+        self.probes.iter().all(|probe| *probe != NodeProbe::None)
     }
 
     /// # Errors
-    /// Why a node of this standing is not written to.
-    fn admit(&mut self, standing: Option<u32>) -> Result<(), String> {
-        let Some(timeline) = standing else {
+    /// Why a node of this role is not written to.
+    fn admit(&mut self, role: Option<u32>) -> Result<(), String> {
+        let Some(timeline) = role else {
             return Err("no primary: the node that answered is in recovery".into());
         };
         if timeline < self.highest {
@@ -97,7 +97,7 @@ struct Node {
 #[derive(Debug)]
 pub(super) struct Sight {
     nodes: Vec<Node>,
-    words: Mutex<Words>,
+    probes: Mutex<Probes>,
     primary: watch::Sender<Option<usize>>,
     /// The pool's interface carries the driver's errors only.
     refused: Mutex<Option<String>>,
@@ -139,9 +139,9 @@ impl Watching {
                 }
             })
             .collect();
-        let words = Words { highest: 0, words: vec![Word::None; nodes.len()] };
+        let probes = Probes { highest: 0, probes: vec![NodeProbe::None; nodes.len()] };
         let sight = Arc::new(Sight {
-            words: Mutex::new(words),
+            probes: Mutex::new(probes),
             primary: watch::Sender::new(None),
             refused: Mutex::default(),
             refusals,
@@ -165,7 +165,7 @@ impl Sight {
     /// Waits for a primary.
     ///
     /// # Errors
-    /// With every node's last word, when there is none within `limit`.
+    /// With every node's last probe, when there is none within `limit`.
     pub(super) async fn wait(&self, limit: Duration) -> Result<(), String> {
         let mut primary = self.primary.subscribe();
         match timeout(limit, primary.wait_for(Option::is_some)).await {
@@ -175,18 +175,18 @@ impl Sight {
     }
 
     fn explain(&self) -> String {
-        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
         let each: Vec<String> = self
             .nodes
             .iter()
-            .zip(&words.words)
-            .map(|(node, word)| match word {
-                Word::None => format!("{}: no answer yet", node.address),
-                Word::Standing(None) => format!("{}: in recovery", node.address),
-                Word::Standing(Some(timeline)) => {
-                    format!("{}: timeline {timeline}, but {} was seen", node.address, words.highest)
+            .zip(&probes.probes)
+            .map(|(node, probe)| match probe {
+                NodeProbe::None => format!("{}: no answer yet", node.address),
+                NodeProbe::Role(None) => format!("{}: in recovery", node.address),
+                NodeProbe::Role(Some(timeline)) => {
+                    format!("{}: timeline {timeline}, but {} was seen", node.address, probes.highest)
                 }
-                Word::Failed(reason) => format!("{}: {reason}", node.address),
+                NodeProbe::Failed(reason) => format!("{}: {reason}", node.address),
             })
             .collect();
         format!("no primary ({})", each.join("; "))
@@ -251,12 +251,12 @@ impl Sight {
         }
     }
 
-    /// Whether a node of this standing may be written to; a higher timeline than before is remembered.
+    /// Whether a node of this role may be written to; a higher timeline than before is remembered.
     ///
     /// # Errors
     /// Why not.
-    pub(super) fn admit(&self, standing: Option<u32>) -> Result<(), String> {
-        self.words.lock().unwrap_or_else(PoisonError::into_inner).admit(standing)
+    pub(super) fn admit(&self, role: Option<u32>) -> Result<(), String> {
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner).admit(role)
     }
 
     async fn watch(self: Arc<Self>, index: usize) {
@@ -274,7 +274,7 @@ impl Sight {
                 }
                 Err(_) => format!("no session within {:?}", self.patience),
             };
-            self.note(index, Word::Failed(reason));
+            self.note(index, NodeProbe::Failed(reason));
             sleep(REOPEN).await;
         }
     }
@@ -284,13 +284,13 @@ impl Sight {
         let mut primary = self.primary.subscribe();
         let mut ended = driver;
         loop {
-            let standing = match timeout(self.patience, standing(&client)).await {
-                Ok(Ok(standing)) => standing,
+            let role = match timeout(self.patience, role(&client)).await {
+                Ok(Ok(role)) => role,
                 Ok(Err(error)) => return error.to_string(),
                 Err(_) => return format!("no answer within {:?}", self.patience),
             };
-            self.note(index, Word::Standing(standing));
-            if standing.is_none() {
+            self.note(index, NodeProbe::Role(role));
+            if role.is_none() {
                 node.looked.notify_one();
             }
             let calm = primary.borrow_and_update().is_some();
@@ -298,7 +298,7 @@ impl Sight {
                 _ = &mut ended => return "the session ended".into(),
                 // The primary went or came: look at once.
                 _ = primary.changed() => {}
-                () = sleep(if calm { CALM } else { HASTE }) => {}
+                () = sleep(if calm { IDLE_POLL } else { SEARCH_POLL }) => {}
             }
         }
     }
@@ -326,24 +326,24 @@ impl Sight {
         }
     }
 
-    fn note(&self, index: usize, word: Word) {
-        let mut words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = words.words.get_mut(index) {
-            *known = word;
+    fn note(&self, index: usize, probe: NodeProbe) {
+        let mut probes = self.probes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = probes.probes.get_mut(index) {
+            *known = probe;
         }
-        let found = words.primary();
-        if words.highest == 0 && !words.is_settled() && self.began.elapsed() < STRAGGLER_WAIT {
+        let found = probes.primary();
+        if probes.highest == 0 && !probes.is_settled() && self.began.elapsed() < STRAGGLER_WAIT {
             return;
         }
         if let Some((leader, timeline)) = found {
-            if timeline > words.highest {
+            if timeline > probes.highest {
                 tracing::info!(
                     primary = self.nodes.get(leader).map(|node| &node.address),
                     timeline,
                     "primary"
                 );
             }
-            words.highest = timeline;
+            probes.highest = timeline;
         }
         let found = found.map(|(leader, _)| leader);
         self.primary.send_if_modified(|known| {
@@ -378,34 +378,34 @@ impl Node {
 mod tests {
     use super::*;
 
-    fn primary(highest: u32, words: &[Word]) -> Option<usize> {
-        Words { highest, words: words.to_vec() }.primary().map(|(index, _)| index)
+    fn primary(highest: u32, probes: &[NodeProbe]) -> Option<usize> {
+        Probes { highest, probes: probes.to_vec() }.primary().map(|(index, _)| index)
     }
 
     #[test]
     fn the_highest_timeline_wins_and_no_lower_one_is_believed_again() {
-        use Word::{Failed, None as Unasked, Standing};
+        use NodeProbe::{Failed, None as Unasked, Role};
         let failed = || Failed("gone".into());
-        for (highest, words, expected) in [
-            (0, vec![Standing(Some(1)), Standing(None)], Some(0)),
-            (0, vec![Standing(Some(1)), Standing(Some(2))], Some(1)),
-            (1, vec![Standing(None), Standing(None)], None),
-            (1, vec![failed(), Standing(None)], None),
-            (2, vec![Standing(Some(1)), failed()], None),
-            (2, vec![Standing(Some(1)), Unasked], None),
-            (2, vec![Standing(Some(3)), Standing(Some(2))], Some(0)),
+        for (highest, probes, expected) in [
+            (0, vec![Role(Some(1)), Role(None)], Some(0)),
+            (0, vec![Role(Some(1)), Role(Some(2))], Some(1)),
+            (1, vec![Role(None), Role(None)], None),
+            (1, vec![failed(), Role(None)], None),
+            (2, vec![Role(Some(1)), failed()], None),
+            (2, vec![Role(Some(1)), Unasked], None),
+            (2, vec![Role(Some(3)), Role(Some(2))], Some(0)),
         ] {
-            assert_eq!(primary(highest, &words), expected, "{highest} {words:?}");
+            assert_eq!(primary(highest, &probes), expected, "{highest} {probes:?}");
         }
     }
 
     #[test]
     fn an_old_primary_is_never_believed_again() {
-        let mut words = Words { highest: 0, words: Vec::new() };
-        assert!(words.admit(Some(1)).is_ok());
-        assert!(words.admit(None).unwrap_err().contains("recovery"));
-        assert!(words.admit(Some(3)).is_ok());
-        assert!(words.admit(Some(2)).unwrap_err().contains("timeline 2"));
-        assert!(words.admit(Some(3)).is_ok());
+        let mut probes = Probes { highest: 0, probes: Vec::new() };
+        assert!(probes.admit(Some(1)).is_ok());
+        assert!(probes.admit(None).unwrap_err().contains("recovery"));
+        assert!(probes.admit(Some(3)).is_ok());
+        assert!(probes.admit(Some(2)).unwrap_err().contains("timeline 2"));
+        assert!(probes.admit(Some(3)).is_ok());
     }
 }

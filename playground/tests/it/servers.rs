@@ -100,7 +100,7 @@ async fn the_broker_restarts_on_its_port_and_is_refused_when_dead() {
     broker.restart().await.unwrap();
     broker.kill9().await.unwrap();
     assert!(tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_err());
-    broker.resurrect().await.unwrap();
+    broker.start_again().await.unwrap();
     assert_eq!(broker.port(), port);
 }
 

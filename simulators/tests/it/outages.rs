@@ -182,7 +182,7 @@ async fn without_a_broker_it_waits_says_why_and_starts_when_one_comes() {
         sleep(Duration::from_millis(20)).await;
     };
     assert!(reason.starts_with("0 of 16 connections are up"), "{reason}");
-    stage.broker.resurrect().await.unwrap();
+    stage.broker.start_again().await.unwrap();
     assert!(simulator.wait(PATIENCE).await.unwrap().success());
     let (ledger, received) = (stage.ledger(), stage.received().await);
     assert_eq!((ledger.acknowledged, ledger.devices), (1000, received.tallies()));

@@ -180,7 +180,7 @@ async fn a_broker_that_is_killed_loses_nothing_that_was_confirmed() {
     until(&simulator, |metrics| metrics.count("user_simulator_confirmed_total") >= 1000).await;
     users.broker.until_registered(&Broker::default().queue).await.unwrap();
     users.broker.kill9().await.unwrap();
-    users.broker.resurrect().await.unwrap();
+    users.broker.start_again().await.unwrap();
     assert!(simulator.wait(PATIENCE).await.unwrap().success());
     let ledger = users.ledger();
     let messages = users.drained().await;

@@ -120,7 +120,7 @@ async fn round(stage: &mut Stage, probes: &Probes, faults: &[Fault]) -> anyhow::
         }
     }
     let peace = Instant::now();
-    stage.regions()?.revive().await?;
+    stage.regions()?.restart_ended().await?;
     if !stage.consumer.is_running() {
         stage.consumer.restart().await?;
     }

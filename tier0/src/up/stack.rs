@@ -192,9 +192,9 @@ impl Stack {
     /// What there is to say about it is in the answer: the screen may be in use.
     pub(super) async fn tend(&mut self) -> anyhow::Result<Vec<String>> {
         let Some(regions) = &mut self.regions else { return Ok(Vec::new()) };
-        let revived = regions.revive().await?;
+        let restarted = regions.restart_ended().await?;
         let mut notices: Vec<String> =
-            revived.iter().map(|name| format!("{name} had ended and was started again")).collect();
+            restarted.iter().map(|name| format!("{name} had ended and was started again")).collect();
         if let Ok(status) = regions.status().await {
             let before = self.cluster.primary().name().to_owned();
             self.cluster.led_by(&status.current_region)?;

@@ -36,13 +36,13 @@ impl Orders {
         deadline: Instant,
     ) -> Result<NodeStatus, Refusal> {
         let office = Office { wait_for, slots, above };
-        let hurdle;
+        let checkpoint_first;
         let from = self.log_end();
         self.step_back(number, above, deadline).await?;
         {
             let (_turn, status) = self.turn(number, deadline).await?;
             // Turning waiting on takes effect when the checkpointer has seen it; not to be relied on while it is busy.
-            hurdle = !wait_for.is_empty()
+            checkpoint_first = !wait_for.is_empty()
                 && status.sample.as_ref().is_some_and(|sample| sample.wait_for.is_empty());
             if status.is_stopped() {
                 self.ready_to_start(number, &status, deadline).await?;
@@ -63,7 +63,7 @@ impl Orders {
         loop {
             self.check(number, deadline)?;
             self.not_ended(&self.status(), from)?;
-            match self.try_lead(number, &office, hurdle, deadline, &mut asked).await {
+            match self.try_lead(number, &office, checkpoint_first, deadline, &mut asked).await {
                 Ok(Some((session, sample))) => {
                     self.node.set_estranged(false)?;
                     make_slots(&session.1, slots).await?;
@@ -93,7 +93,7 @@ impl Orders {
         &self,
         number: u64,
         office: &Office<'_>,
-        hurdle: bool,
+        checkpoint_first: bool,
         deadline: Instant,
         asked: &mut Option<Instant>,
     ) -> anyhow::Result<Option<((u64, Session), Sample)>> {
@@ -125,7 +125,7 @@ impl Orders {
             session.1.run("SELECT pg_wal_replay_resume()", QUERY).await?;
         }
         if asked.is_none() {
-            if hurdle {
+            if checkpoint_first {
                 session.1.run("CHECKPOINT", deadline.saturating_duration_since(Instant::now())).await?;
             }
             // Whatever was ordered meanwhile comes first.

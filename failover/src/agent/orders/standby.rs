@@ -25,7 +25,7 @@ const RESTART_POINT: Duration = Duration::from_secs(120);
 /// Before a rebuild; a standby's shutdown writes a restartpoint.
 const STOP: Duration = Duration::from_secs(60);
 
-/// What a standby is told, see [`crate::protocol::Order::Stand`].
+/// What a standby is told, see [`crate::protocol::Order::Follow`].
 pub(super) struct Standby {
     pub(super) upstream: Upstream,
     pub(super) how: Rejoin,
@@ -274,7 +274,7 @@ impl Orders {
             if status.is_writable() {
                 return Err(Refusal::new(Code::Leads, "it is writable, not a standby"));
             }
-            self.node.doubt();
+            self.node.config_unconfirmed();
             self.node.configure(None, None)?;
             if status.is_stopped() {
                 return Ok(self.status());

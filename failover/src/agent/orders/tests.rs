@@ -70,7 +70,7 @@ fn command(epoch: u64, what: Order) -> Command {
 }
 
 fn lead() -> Order {
-    Order::Lead { wait_for: Default::default(), slots: Default::default(), above: 0 }
+    Order::Promote { wait_for: Default::default(), slots: Default::default(), above: 0 }
 }
 
 /// Holds a start up where it opens Postgres' log: a pipe that nobody reads.

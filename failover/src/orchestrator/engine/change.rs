@@ -12,9 +12,9 @@ use tokio::time::{Instant, timeout};
 
 use super::Engine;
 use crate::decide;
-use crate::hands::Hands;
 use crate::history::Entry;
 use crate::journal::{Failure, Operation, Request};
+use crate::node_control::NodeControl;
 use crate::operation;
 use crate::orchestrator::checks::{self, Question};
 use crate::orchestrator::trace;

@@ -9,9 +9,9 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::{Asked, Engine, new_id};
-use crate::hands::Hands;
 use crate::history::Entry;
 use crate::journal::{Operation, Request, Step};
+use crate::node_control::NodeControl;
 use crate::orchestrator::adopt::{self, AdoptQuestion};
 use crate::orchestrator::checks::Denied;
 use crate::state::State;

@@ -174,6 +174,6 @@ async fn redis_kill(stage: &mut Stage) -> anyhow::Result<Round> {
     let killed = redis.kill_master().await?;
     redis.replaced(killed, LIMIT).await?;
     let took = began.elapsed();
-    redis.revive(killed).await?;
+    redis.restart(killed).await?;
     Ok(Round { redis_s: Some(took.as_secs_f64()), ..Round::default() })
 }

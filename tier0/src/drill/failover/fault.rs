@@ -132,7 +132,7 @@ impl Fault {
             What::KillRedisMaster | What::KillSentinel(_) => {
                 let redis = stage.regions()?.redis.as_mut().context("Redis")?;
                 for server in redis.instances.iter_mut().chain(&mut redis.sentinels) {
-                    server.resurrect().await?;
+                    server.start_again().await?;
                 }
                 Ok(())
             }

@@ -79,7 +79,7 @@ impl Scenario {
             Self::PostgresAway => stage.cluster.primary_mut().start().await?,
             Self::StandbyAway => stage.cluster.standby_mut().start().await?,
             Self::PrimaryFrozen => stage.cluster.primary_mut().resume(),
-            Self::BrokerRestart => stage.broker.resurrect().await?,
+            Self::BrokerRestart => stage.broker.start_again().await?,
             _ => stage.link()?.restore(args.after_cut),
         }
         watch.mended();

@@ -142,7 +142,7 @@ impl Bed {
                 let redis = regions.redis.as_mut().unwrap();
                 let mut all = redis.instances.iter_mut().chain(&mut redis.sentinels);
                 let server = all.find(|server| server.name() == name);
-                server.unwrap_or_else(|| panic!("who is {name}?")).resurrect().await
+                server.unwrap_or_else(|| panic!("who is {name}?")).start_again().await
             }
             _ => anyhow::bail!("nobody can do this here: {words}"),
         }

@@ -37,7 +37,7 @@ async fn an_orchestrator_that_is_down_comes_back_with_its_directory_or_without()
     bed.kill_node("region1").await;
     bed.until("failed over", |status| status.current_region == "region2").await;
     bed.commits().await;
-    bed.regions.revive().await.unwrap();
+    bed.regions.restart_ended().await.unwrap();
     bed.regions.whole(LIMIT).await.unwrap();
 
     // Its disk was lost.

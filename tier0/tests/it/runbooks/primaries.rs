@@ -71,7 +71,7 @@ async fn without_a_primary_the_failover_follows_when_it_is_no_longer_paused() {
     is_over(&bed, &book, Instant::now()).await;
     bed.leads_alone("region2").await;
     // The machine is back.
-    bed.regions.revive().await.unwrap();
+    bed.regions.restart_ended().await.unwrap();
     let status = bed.regions.whole(LIMIT).await.unwrap();
     assert_eq!(status.nodes[0].role, Role::Standby);
     bed.nothing_is_lost().await;

@@ -17,12 +17,12 @@ const OTHER: &str = "other";
 
 /// Readings of one batch by site and type.
 #[derive(Debug, Default)]
-pub struct Census {
+pub struct SiteCounts {
     /// By site, then type: looked up without a copy of either.
     counts: HashMap<Box<str>, HashMap<Box<str>, u64>>,
 }
 
-impl Census {
+impl SiteCounts {
     /// Adds the readings of one message.
     pub fn add(&mut self, topic: &Topic<'_>, readings: usize) {
         if readings == 0 {
@@ -69,9 +69,9 @@ impl Readings {
     }
 
     /// Adds those of a committed batch.
-    pub fn add<'c>(&self, census: impl Iterator<Item = (&'c str, &'c str, u64)>) {
+    pub fn add<'c>(&self, site_counts: impl Iterator<Item = (&'c str, &'c str, u64)>) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        for (site, kind, count) in census {
+        for (site, kind, count) in site_counts {
             let pair = (site.to_owned(), kind.to_owned());
             let labels = if known.contains(&pair) || known.len() < MAX_PAIRS {
                 known.insert(pair);
@@ -92,16 +92,16 @@ mod tests {
     fn sites_and_types_are_counted_and_strangers_share_one_label() {
         let registry = Registry::new();
         let readings = Readings::new(&registry).unwrap();
-        let mut census = Census::default();
+        let mut site_counts = SiteCounts::default();
         for (device, count) in [("T-1", 2), ("T-2", 1), ("T-3", 0)] {
             let topic = format!("og/field/WY-ALPHA/turbine/{device}");
-            census.add(&Topic::parse(topic.as_bytes()).unwrap(), count);
+            site_counts.add(&Topic::parse(topic.as_bytes()).unwrap(), count);
         }
-        readings.add(census.iter());
+        readings.add(site_counts.iter());
         for number in 0..2 * MAX_PAIRS {
             readings.add([("made-up", number.to_string().as_str(), 1)].into_iter());
         }
-        readings.add(census.iter());
+        readings.add(site_counts.iter());
         assert_eq!(readings.counter.with_label_values(&["WY-ALPHA", "turbine"]).get(), 6);
         assert_eq!(readings.counter.with_label_values(&[OTHER, OTHER]).get(), MAX_PAIRS as u64 + 1);
         let series = registry.gather().iter().map(|family| family.get_metric().len()).sum::<usize>();

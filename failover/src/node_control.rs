@@ -23,7 +23,7 @@ pub enum OrderError {
 }
 
 /// Orders to nodes, and the one place where state survives.
-pub trait Hands: Send + Sync {
+pub trait NodeControl: Send + Sync {
     /// Carries out one order within `limit` and answers with the node's status after it.
     fn order(
         &self,
