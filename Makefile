@@ -38,7 +38,7 @@ check:
 	.ci/architecture.sh
 	.ci/prometheus.sh
 	.ci/licences.py
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items --locked --quiet
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --document-private-items --locked --quiet
 
 # The programs that integration tests start.
 build:

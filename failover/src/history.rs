@@ -57,7 +57,7 @@ pub struct History {
 }
 
 impl History {
-    /// Reads the history of `dir`. A broken chain is reported by [`History::verify`], not here: it must not keep the
+    /// Reads the history of `dir`. A broken chain is reported by [`Verifier::verify`], not here: it must not keep the
     /// orchestrator from its work.
     ///
     /// # Errors

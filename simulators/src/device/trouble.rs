@@ -104,7 +104,7 @@ pub enum Flaw {
     Duplicate,
 }
 
-/// Why a message ends as a dead letter: the contract's reasons, in the order of [`DeadLetters`].
+/// Why a message ends as a dead letter: the contract's reasons.
 pub const REASONS: [&str; 7] = [
     "not_json",
     "missing_field",

@@ -35,7 +35,7 @@ pub(super) fn begin(patience: Duration) -> String {
     format!("{}; {}", transaction::begin(patience), *STAGING)
 }
 
-/// [`Session::merge`] in SQL. Rows are locked in the order of their ids, so that two writers never wait for one another.
+/// [`crate::session::Session::merge`] in SQL. Rows are locked in the order of their ids, so that two writers never wait for one another.
 /// A row that would stay as it is is not written.
 static MERGE: LazyLock<String> = LazyLock::new(|| {
     const RANK: &str = "connection_status WHEN 'active' THEN 0 WHEN 'idle' THEN 1 ELSE 2 END";
