@@ -132,7 +132,10 @@ impl Names {
                 missing("series")
             };
         }
-        let path = TOP.iter().any(|top| word.starts_with(top)) && !word.contains(['*', '{', '$', '<']);
+        // An MQTT topic, not a folder: where `mqtt-consumer --leave` publishes its marker.
+        let topic = word.starts_with("tier0/leave/");
+        let path =
+            !topic && TOP.iter().any(|top| word.starts_with(top)) && !word.contains(['*', '{', '$', '<']);
         if path && !root().join(word).exists() {
             return missing("file");
         }
