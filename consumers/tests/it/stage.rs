@@ -70,11 +70,7 @@ impl Stage {
 
     /// Waits until a queue holds so many messages that nobody has.
     pub(crate) async fn until_waiting(&self, queue: &str, expected: u32) {
-        self.until_waiting_within(PATIENCE, queue, expected).await;
-    }
-
-    pub(crate) async fn until_waiting_within(&self, patience: Duration, queue: &str, expected: u32) {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let waiting = self.waiting(queue).await;
             if waiting == expected {
