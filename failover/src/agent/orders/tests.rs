@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::Mode;
 use nix::unistd::{User, geteuid, mkfifo};
 use service::secret::Secret;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
@@ -42,11 +43,7 @@ async fn node(dir: &Path) -> Arc<Orders> {
     let started = dir.join("started");
     script(
         &bin.join("postgres"),
-        // A stop is an INT, which whoever started the tests in the background has switched off.
-        &format!(
-            "#!/bin/sh\ntrap '' HUP\necho $$ >> {}\nexec env --default-signal=INT sleep 600\n",
-            started.display()
-        ),
+        &format!("#!/bin/sh\ntrap '' HUP\necho $$ >> {}\nexec sleep 600\n", started.display()),
     );
     let settings = RegionAgent {
         data,
@@ -59,6 +56,9 @@ async fn node(dir: &Path) -> Arc<Orders> {
         port: 1,
         ..RegionAgent::default()
     };
+    // A stop is an INT. Whoever started the tests in the background has switched it off, for children too; a process that handles
+    // it, as the agent does, starts them with the default.
+    drop(signal(SignalKind::interrupt()).unwrap());
     let node = Postgres::new(&settings, 1, TaskTracker::new()).unwrap();
     node.inspect().await.unwrap();
     let (shared, local) = (node.shared.clone(), Local::new(&settings, &node.shared));
