@@ -240,13 +240,15 @@ async fn live(
                 if !notices.is_empty() {
                     home.write_state(&state(stack))?;
                 }
-                // The screen covers what is said: that waits until it is gone.
-                if screen.is_some() {
-                    stack.notices.extend(notices);
-                } else {
-                    notices.iter().for_each(say);
-                }
                 let sample = sampler.take(stack).await;
+                // The screen covers what is said: it shows that itself, and it is said again when the screen is gone.
+                for notice in notices.into_iter().chain(sampler.events()) {
+                    if screen.is_some() {
+                        stack.notices.push(format!("{:>5.0} s  {notice}", sample.seconds));
+                    } else {
+                        say(notice);
+                    }
+                }
                 show(&mut screen, sampler, &sample, stack)?;
             }
         }

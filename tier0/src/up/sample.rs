@@ -42,7 +42,21 @@ pub struct Sample {
     pub synchronous: bool,
     /// Messages of user activity per second. `None`: nobody consumes them.
     pub session_rate: Option<f64>,
+    /// `None`: one region alone, or the orchestrator does not answer.
+    pub regions: Option<RegionsSeen>,
     pub processes: Vec<Usage>,
+}
+
+/// What the orchestrator says.
+#[derive(Debug, Clone, Default)]
+pub struct RegionsSeen {
+    pub primary: String,
+    /// `alive`, or why commits may not flow.
+    pub condition: String,
+    /// Of each acknowledged commit.
+    pub copies: usize,
+    pub last_failover: Option<String>,
+    pub alarms: Vec<String>,
 }
 
 /// What a process used: cores since the sample before, memory now.
@@ -125,6 +139,18 @@ impl Sampler {
         now
     }
 
+    /// What is worth a line of its own since the sample before: the first dead letter of each reason.
+    pub(super) fn events(&self) -> Vec<String> {
+        let mut newest = self.history.iter().rev();
+        let Some(now) = newest.next() else { return Vec::new() };
+        let before = newest.next();
+        let is_new = |reason: &String| before.is_none_or(|before| !before.dead_letters.contains_key(reason));
+        let reasons = now.dead_letters.keys().filter(|reason| is_new(reason));
+        reasons
+            .map(|reason| format!("first dead letter with reason {reason}: table dead_letters has it"))
+            .collect()
+    }
+
     /// End-to-end latencies of the whole run.
     pub(super) fn latencies(&self) -> Histogram {
         let name = "ingest_end_to_end_seconds";
@@ -201,6 +227,7 @@ impl Sampler {
             replay_lag_bytes: lag.map(|lag| lag.1),
             synchronous: lag.is_some_and(|lag| lag.2),
             session_rate,
+            regions: stack.seen.clone(),
             processes,
         };
         self.last = Some((now, metrics, sent, self.cpu_seconds.clone()));

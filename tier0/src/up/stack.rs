@@ -4,7 +4,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use failover_api::{Status, word};
+use jiff::Timestamp;
 
+use super::sample::RegionsSeen;
 use super::sessions::Sessions;
 use super::started::{CONSUMER_GRACE, SIMULATOR_GRACE, taken, up_line};
 use super::watching::Watching;
@@ -39,8 +42,10 @@ pub(super) struct Stack {
     pub(super) cluster: Cluster,
     /// The tables held rows before this run.
     pub(super) kept: bool,
-    /// To be said when the screen is free.
+    /// What happened, for the screen, and to be said when it is gone.
     pub(super) notices: Vec<String>,
+    /// As the orchestrator said last.
+    pub(super) seen: Option<RegionsSeen>,
 }
 
 impl Stack {
@@ -68,6 +73,7 @@ impl Stack {
             cluster,
             kept,
             notices: Vec::new(),
+            seen: None,
         };
         if with(Part::MqttConsumer) {
             let started = Instant::now();
@@ -195,7 +201,9 @@ impl Stack {
         let restarted = regions.restart_ended().await?;
         let mut notices: Vec<String> =
             restarted.iter().map(|name| format!("{name} had ended and was started again")).collect();
+        self.seen = None;
         if let Ok(status) = regions.status().await {
+            self.seen = Some(seen(&status));
             let before = self.cluster.primary().name().to_owned();
             self.cluster.led_by(&status.current_region)?;
             if before != status.current_region {
@@ -359,4 +367,24 @@ fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
 
 fn report(name: &str, port: u16, started: Instant, note: &str) {
     say(up_line(name, port, started, note));
+}
+
+fn seen(status: &Status) -> RegionsSeen {
+    let last = status.last_failover.as_ref().map(|last| {
+        let ago = Timestamp::now().duration_since(last.end_time).as_secs().max(0);
+        let ago = if ago < 120 { format!("{ago} s") } else { format!("{} min", ago / 60) };
+        let outcome = match last.write_gap_ms {
+            _ if !last.success => ", failed".to_owned(),
+            Some(gap) => format!(", write gap {gap:.0} ms"),
+            None => String::new(),
+        };
+        format!("{} to {} {ago} ago{outcome}", word(&last.kind), last.target_region)
+    });
+    RegionsSeen {
+        primary: status.current_region.clone(),
+        condition: status.primary_condition.clone(),
+        copies: status.sync_set.len() + 1,
+        last_failover: last,
+        alarms: status.alarms.clone(),
+    }
 }
