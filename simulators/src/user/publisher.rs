@@ -167,6 +167,7 @@ impl Publisher {
         grace: Duration,
     ) -> Result<(), AmqpError> {
         let mut deadline = None;
+        let mut unblocked = Instant::now();
         loop {
             self.settle(confirms, |confirm| confirm.now_or_never())?;
             let over = ending.is_cancelled() || self.is_finished();
@@ -185,8 +186,12 @@ impl Publisher {
             if !connection.status().connected() || !channel.status().connected() {
                 return Err(AmqpError::Retry("the connection to the broker has ended".into()));
             }
-            let oldest = confirms.front().map(|(outgoing, _)| outgoing.sent.elapsed()).unwrap_or_default();
-            if oldest > ANSWER_WAIT && !blocked {
+            // What was sent before an alarm is confirmed after it, not at the moment at which it ends.
+            if blocked {
+                unblocked = Instant::now();
+            }
+            let oldest = confirms.front().map(|(outgoing, _)| outgoing.sent.max(unblocked).elapsed());
+            if oldest.is_some_and(|oldest| oldest > ANSWER_WAIT) {
                 return Err(AmqpError::Retry(format!("no confirm within {ANSWER_WAIT:?}")));
             }
             let room = self.settings.user_simulator.max_in_flight.saturating_sub(confirms.len());

@@ -90,10 +90,12 @@ fn watch_keys(keys: &Keys, interrupts: &Interrupts) {
         match key.code {
             KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => interrupts.count_one(),
             KeyCode::Char('q') => interrupts.count_one(),
-            KeyCode::Down => drop(keys.scrolled.fetch_add(1, Ordering::Relaxed)),
+            KeyCode::Down => {
+                keys.scrolled.fetch_add(1, Ordering::Relaxed);
+            }
             KeyCode::Up => {
-                let less = |rows: usize| Some(rows.saturating_sub(1));
-                drop(keys.scrolled.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less));
+                let rows = keys.scrolled.load(Ordering::Relaxed);
+                keys.scrolled.store(rows.saturating_sub(1), Ordering::Relaxed);
             }
             _ => {}
         }
@@ -154,9 +156,9 @@ fn paint_processes(frame: &mut Frame<'_>, area: Rect, shown: &Shown<'_>, columns
     let cell = |process: &Usage| {
         let name: String = process.name.chars().take(21).collect();
         let memory = process.rss_bytes / 1_000_000;
-        format!("{name:<21}{:>5}{:>5.0}%{memory:>4}MB ", process.port, process.cores * 100.0)
+        format!("{name:<21}{:>6}{:>4.0}%{memory:>4}MB ", process.port, process.cores * 100.0)
     };
-    let heading = format!("{:<21}{:>5}{:>6}{:>6} ", "process", "port", "core", "memory");
+    let heading = format!("{:<21}{:>6}{:>5}{:>6} ", "process", "port", "core", "mem");
     let mut lines = vec![Line::from(heading.repeat(columns.min(all.len().max(1)))).bold()];
     for row in first..(first + fits).min(rows) {
         let cells = (0..columns).filter_map(|column| all.get(column * rows + row));
@@ -254,7 +256,10 @@ fn paint_state(frame: &mut Frame<'_>, area: Rect, sample: &Sample, standby_wante
     let mut lines = vec![
         Line::from(vec![label("standby"), standby]),
         // Not flushed, and not replayed.
-        pair("lag", format!("{} / {}", lag(sample.flush_lag_bytes).trim(), lag(sample.replay_lag_bytes).trim())),
+        pair(
+            "lag",
+            format!("{} / {}", lag(sample.flush_lag_bytes).trim(), lag(sample.replay_lag_bytes).trim()),
+        ),
         pair("user activity", sample.session_rate.map_or_else(|| "-".into(), |rate| format!("{rate:.0}/s"))),
         warn("retries", sample.retries),
     ];
@@ -317,7 +322,11 @@ mod tests {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
         let history = [sample.clone(), sample.clone()].into();
         let shown = Shown { history: &history, sample, standby_wanted, events, scrolled: 0 };
-        terminal.draw(|frame| drop(paint(frame, &shown))).unwrap();
+        terminal
+            .draw(|frame| {
+                paint(frame, &shown);
+            })
+            .unwrap();
         terminal.backend().to_string()
     }
 
