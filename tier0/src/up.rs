@@ -8,6 +8,7 @@ mod finish;
 mod interrupt;
 mod leftovers;
 mod plain;
+pub mod regions;
 pub mod sample;
 mod screen;
 mod sessions;

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tokio_postgres::Client;
 
+use super::regions::RegionsSeen;
 use super::stack::Stack;
 use playground::metrics::{Histogram, Metrics};
 use playground::postgres::Db;
@@ -45,18 +46,6 @@ pub struct Sample {
     /// `None`: one region alone, or the orchestrator does not answer.
     pub regions: Option<RegionsSeen>,
     pub processes: Vec<Usage>,
-}
-
-/// What the orchestrator says.
-#[derive(Debug, Clone, Default)]
-pub struct RegionsSeen {
-    pub primary: String,
-    /// `alive`, or why commits may not flow.
-    pub condition: String,
-    /// Of each acknowledged commit.
-    pub copies: usize,
-    pub last_failover: Option<String>,
-    pub alarms: Vec<String>,
 }
 
 /// What a process used: cores since the sample before, memory now.

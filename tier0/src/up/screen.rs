@@ -16,7 +16,8 @@ use ratatui::widgets::{Block, Paragraph, Sparkline};
 
 use super::interrupt::Interrupts;
 use super::plain::{lag, latency};
-use super::sample::{RegionsSeen, Sample, Sampler, Usage};
+use super::regions::RegionsSeen;
+use super::sample::{Sample, Sampler, Usage};
 use super::stack::Stack;
 
 /// Owns the terminal; dropping it gives the terminal back.

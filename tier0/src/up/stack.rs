@@ -4,10 +4,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use failover_api::{Status, word};
-use jiff::Timestamp;
 
-use super::sample::RegionsSeen;
+use super::regions::RegionsSeen;
 use super::sessions::Sessions;
 use super::started::{CONSUMER_GRACE, SIMULATOR_GRACE, taken, up_line};
 use super::watching::Watching;
@@ -203,7 +201,7 @@ impl Stack {
             restarted.iter().map(|name| format!("{name} had ended and was started again")).collect();
         self.seen = None;
         if let Ok(status) = regions.status().await {
-            self.seen = Some(seen(&status));
+            self.seen = Some(RegionsSeen::of(&status));
             let before = self.cluster.primary().name().to_owned();
             self.cluster.led_by(&status.current_region)?;
             if before != status.current_region {
@@ -367,24 +365,4 @@ fn port(name: &str, wanted: u16) -> anyhow::Result<Port> {
 
 fn report(name: &str, port: u16, started: Instant, note: &str) {
     say(up_line(name, port, started, note));
-}
-
-fn seen(status: &Status) -> RegionsSeen {
-    let last = status.last_failover.as_ref().map(|last| {
-        let ago = Timestamp::now().duration_since(last.end_time).as_secs().max(0);
-        let ago = if ago < 120 { format!("{ago} s") } else { format!("{} min", ago / 60) };
-        let outcome = match last.write_gap_ms {
-            _ if !last.success => ", failed".to_owned(),
-            Some(gap) => format!(", write gap {gap:.0} ms"),
-            None => String::new(),
-        };
-        format!("{} to {} {ago} ago{outcome}", word(&last.kind), last.target_region)
-    });
-    RegionsSeen {
-        primary: status.current_region.clone(),
-        condition: status.primary_condition.clone(),
-        copies: status.sync_set.len() + 1,
-        last_failover: last,
-        alarms: status.alarms.clone(),
-    }
 }
