@@ -42,12 +42,21 @@ pub struct Orders {
     /// Number of the newest order that changes the role, or [`ENDING`].
     newest: AtomicU64,
     turn: Mutex<()>,
+    /// One restart point at a time: a standby that comes and goes must not gather sessions that wait for its disk.
+    restart_point: Arc<Mutex<()>>,
 }
 
 impl Orders {
     #[must_use]
     pub fn new(node: Postgres, local: Local, ready: Arc<Ready>) -> Self {
-        Self { node, local, ready, newest: AtomicU64::new(0), turn: Mutex::default() }
+        Self {
+            node,
+            local,
+            ready,
+            newest: AtomicU64::new(0),
+            turn: Mutex::default(),
+            restart_point: Arc::default(),
+        }
     }
 
     #[must_use]

@@ -239,8 +239,10 @@ impl Orders {
     /// Beside everything else: a standby keeps WAL from its last restart point on, and whoever is rewound from it later has to
     /// copy and replay all of that. Postgres would make the next one after `checkpoint_timeout` only.
     fn restart_point(&self) {
+        let Ok(only) = self.restart_point.clone().try_lock_owned() else { return };
         let local = self.local.clone();
         self.node.in_background(async move {
+            let _only = only;
             let made = async {
                 let session = local.open().await?;
                 session.run("CHECKPOINT", RESTART_POINT).await
