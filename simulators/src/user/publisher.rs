@@ -69,6 +69,8 @@ pub struct Publisher {
     /// To be published again.
     again: VecDeque<Outgoing>,
     books: Books,
+    /// When the broker last refused to take messages.
+    unblocked: Instant,
     next_ledger: Instant,
     started_us: i64,
 }
@@ -91,6 +93,7 @@ impl Publisher {
             held: VecDeque::new(),
             again: VecDeque::new(),
             books: Books::default(),
+            unblocked: Instant::now(),
             next_ledger: Instant::now(),
             started_us: Timestamp::now().as_microsecond(),
         }
@@ -167,7 +170,6 @@ impl Publisher {
         grace: Duration,
     ) -> Result<(), AmqpError> {
         let mut deadline = None;
-        let mut unblocked = Instant::now();
         loop {
             self.settle(confirms, |confirm| confirm.now_or_never())?;
             let over = ending.is_cancelled() || self.is_finished();
@@ -188,9 +190,9 @@ impl Publisher {
             }
             // What was sent before an alarm is confirmed after it, not at the moment at which it ends.
             if blocked {
-                unblocked = Instant::now();
+                self.unblocked = Instant::now();
             }
-            let oldest = confirms.front().map(|(outgoing, _)| outgoing.sent.max(unblocked).elapsed());
+            let oldest = confirms.front().map(|(outgoing, _)| outgoing.sent.max(self.unblocked).elapsed());
             if oldest.is_some_and(|oldest| oldest > ANSWER_WAIT) {
                 return Err(AmqpError::Retry(format!("no confirm within {ANSWER_WAIT:?}")));
             }
@@ -342,6 +344,7 @@ impl Publisher {
                     {
                         self.metrics.blocked.set(1);
                         since = Instant::now();
+                        self.unblocked = since;
                     }
                     Err(_) if since.elapsed() < ANSWER_WAIT => {}
                     Err(_) => break None,
