@@ -245,7 +245,7 @@ async fn live(
                 // The screen covers what is said: it shows that itself, and it is said again when the screen is gone.
                 for notice in notices.into_iter().chain(sampler.events()) {
                     if screen.is_some() {
-                        stack.notices.push(format!("{:>5.0} s  {notice}", sample.seconds));
+                        stack.note(format!("{:>5.0} s  {notice}", sample.seconds));
                     } else {
                         say(notice);
                     }

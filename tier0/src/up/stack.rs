@@ -26,6 +26,8 @@ const MQTT_PORT: u16 = 1883;
 const CONSUMER_PORT: u16 = 9101;
 const SIMULATOR_PORT: u16 = 9102;
 const READY: Duration = Duration::from_secs(60);
+/// A system that is up for weeks has more of them than anybody reads.
+const NOTICES: usize = 200;
 
 #[derive(Debug)]
 pub(super) struct Stack {
@@ -146,6 +148,13 @@ impl Stack {
             watching.watch(telemetry.chain(activity).chain(managers), rabbitmq)?;
         }
         Ok(Some(sessions.into_iter().chain(watching).flatten().collect()))
+    }
+
+    /// Keeps what happened, the newest [`NOTICES`] of it.
+    pub(super) fn note(&mut self, notice: String) {
+        self.notices.push(notice);
+        let beyond = self.notices.len().saturating_sub(NOTICES);
+        self.notices.drain(..beyond);
     }
 
     /// The simulator has sent what it was told to send (`-- --count N`) and ended well.
