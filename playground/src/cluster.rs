@@ -288,6 +288,28 @@ impl Cluster {
         writable
     }
 
+    /// Waits until this node accepts writes. A node that gives no answer is asked again; another one that accepts them is one
+    /// too many at any time.
+    ///
+    /// # Errors
+    /// When another one accepts writes, or this one does not within `limit`.
+    pub async fn leads_alone(&self, region: &str, limit: Duration) -> anyhow::Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let writable = self.writable().await;
+            if writable.iter().any(|name| name != region) {
+                bail!("not {region} alone: {writable:?}");
+            }
+            if !writable.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("{region} takes no writes within {limit:?}");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     /// A connection to `tier0_db` on the primary.
     ///
     /// # Errors

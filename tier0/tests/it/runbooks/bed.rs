@@ -200,18 +200,9 @@ impl Bed {
         self.cluster.writable().await
     }
 
-    /// This node accepts writes, and no other one does. A node that gives no answer is not seen: it is asked again.
+    /// This node accepts writes, and no other one does.
     pub(super) async fn leads_alone(&self, region: &str) {
-        let deadline = Instant::now() + LIMIT;
-        loop {
-            let writable = self.writable().await;
-            assert!(writable.iter().all(|name| name == region), "not {region} alone: {writable:?}");
-            if !writable.is_empty() {
-                return;
-            }
-            assert!(Instant::now() < deadline, "{region} takes no writes");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        self.cluster.leads_alone(region, LIMIT).await.unwrap();
     }
 
     /// Writes go on.
