@@ -1,8 +1,7 @@
 #!/usr/bin/python3
 """No circle of files: a file may use what is above it in its module's tree or beside it, but whoever is used never uses back, directly
-or through others. Parent and child of one module are one idea and may. Test modules do not count.
-
-circles.py [--self-test]"""
+or through others. Parent and child of one module are one idea and may. Test modules do not count. It first tries itself on files that it
+makes."""
 
 import re
 import subprocess
@@ -165,4 +164,4 @@ def self_test():
 
 if __name__ == "__main__":
     self_test()
-    sys.exit(bool(check()) if "--self-test" not in sys.argv else 0)
+    sys.exit(bool(check()))

@@ -74,7 +74,7 @@ pub struct StepRecord {
 }
 
 impl StepRecord {
-    /// Of a step that ended then and took so long.
+    /// A step that ended at `ended` after `took`.
     #[must_use]
     pub fn new(
         number: u32,
