@@ -144,6 +144,18 @@ fn paint(frame: &mut Frame<'_>, shown: &Shown<'_>) -> usize {
     paint_processes(frame, processes, shown, columns)
 }
 
+/// At most [`NAME`] letters. Two names may differ in their end only.
+fn shortened(name: &str) -> String {
+    let letters = name.chars().count();
+    if letters <= NAME {
+        return name.to_owned();
+    }
+    let half = NAME / 2;
+    let (start, end) = (name.chars().take(half), name.chars().skip(letters - half));
+    start.chain(['…']).chain(end).collect()
+}
+
+const NAME: usize = 21;
 /// Width of one process: name, port, processor, memory.
 const COLUMN: u16 = 39;
 
@@ -155,7 +167,7 @@ fn paint_processes(frame: &mut Frame<'_>, area: Rect, shown: &Shown<'_>, columns
     let left = rows.saturating_sub(fits);
     let first = shown.scrolled.min(left);
     let cell = |process: &Usage| {
-        let name: String = process.name.chars().take(21).collect();
+        let name = shortened(&process.name);
         let memory = process.rss_bytes / 1_000_000;
         format!("{name:<21}{:>6}{:>4.0}%{memory:>4}MB ", process.port, process.cores * 100.0)
     };
@@ -236,9 +248,9 @@ fn paint_flow(frame: &mut Frame<'_>, area: Rect, sample: &Sample) {
 
 fn paint_latency(frame: &mut Frame<'_>, area: Rect, sample: &Sample) {
     let lines = vec![
-        pair("p50", latency(sample.p50)),
-        pair("p95", latency(sample.p95)),
-        pair("p99", latency(sample.p99)),
+        pair("p50", latency(sample.p50).trim().to_owned()),
+        pair("p95", latency(sample.p95).trim().to_owned()),
+        pair("p99", latency(sample.p99).trim().to_owned()),
         pair("rows a batch", format!("{:.0}", sample.batch_rows.unwrap_or(0.0))),
         pair("rows in flight", sample.rows_in_flight.to_string()),
         pair("queued", sample.queue_messages.to_string()),
@@ -356,6 +368,12 @@ mod tests {
                 .collect(),
             ..Sample::default()
         }
+    }
+
+    #[test]
+    fn long_names_keep_both_ends() {
+        assert_eq!(shortened("failover-orchestrator"), "failover-orchestrator");
+        assert_eq!(shortened("postgres-exporter-region1"), "postgres-e…er-region1");
     }
 
     #[test]
